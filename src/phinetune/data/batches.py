@@ -1,0 +1,104 @@
+"""From examples to one batch of tensors, laid out so that little is computed twice or in vain.
+
+`padded`: one row an example, filled up on the right. No attention mask is needed: a causal model never looks right, and what stands
+on the padding has no label.
+
+`tree`: all examples in one row, with the prefix that their prompts share computed once.
+
+    position   0 1 2 3 | 4 5 6   | 4 5        prefix | branch of example 0 | branch of example 1
+    may see    prefix  | prefix + own branch | prefix + own branch          (`allowed`, a boolean (1, 1, T, T) mask)
+
+Every token sees exactly the tokens it would see alone, at the same positions, so the loss is that of the padded batch and so is the
+gradient: the prefix's is the sum over the branches. With nothing shared this is padding-free batching. Which layout is used is
+decided per batch by an estimate of the work. Not here: which examples meet in a batch (the sampler), the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from phinetune.data.examples import MASKED
+
+if TYPE_CHECKING:
+    import torch
+
+Layout = Literal["auto", "padded", "tree"]
+
+
+def shared_prefix(rows: Sequence[dict[str, Any]]) -> int:
+    """How many leading tokens all rows have in common, short of the token that predicts any row's first learned token."""
+    first = rows[0]["input_ids"]
+    limit = min(_first_learned(row["labels"]) - 1 for row in rows)
+    length = 0
+    while length < limit and all(row["input_ids"][length] == first[length] for row in rows):
+        length += 1
+    return length
+
+
+def _first_learned(labels: Sequence[int]) -> int:
+    return next((i for i, label in enumerate(labels) if label != MASKED), len(labels))
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows with `input_ids` and `labels` -> a batch for the loss (see the module's head). `hidden_size` weighs attention against the rest."""
+
+    pad_id: int
+    hidden_size: int
+    layout: Layout = "auto"
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        layout = self.layout
+        if layout == "auto":
+            prefix = shared_prefix(rows)
+            lengths = [len(row["input_ids"]) for row in rows]
+            joined = prefix + sum(n - prefix for n in lengths)
+            layout = "tree" if self._work([joined]) < self._work([max(lengths)] * len(rows)) else "padded"
+        return tree_batch(rows) if layout == "tree" else padded_batch(rows, self.pad_id)
+
+    def _work(self, lengths: Sequence[int]) -> float:
+        """Estimate for one decoder layer, in multiply-adds per hidden unit: about 12 h per token in the linear layers, 2 T in attention."""
+        return float(sum(n * (12 * self.hidden_size + 2 * n) for n in lengths))
+
+
+def padded_batch(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """input_ids and labels, both (B, T), filled up on the right with pad_id and -100."""
+    import torch
+
+    width = max(len(row["input_ids"]) for row in rows)
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    labels = torch.full((len(rows), width), MASKED, dtype=torch.long)
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids[i, :length] = torch.tensor(row["input_ids"])
+        labels[i, :length] = torch.tensor(row["labels"])
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def tree_batch(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """input_ids, labels and position_ids (1, T), and allowed (1, 1, T, T): which token may see which."""
+    import torch
+
+    prefix = shared_prefix(rows)
+    ids, positions, labels, branch = (
+        list(rows[0]["input_ids"][:prefix]),
+        list(range(prefix)),
+        [MASKED] * prefix,
+        [-1] * prefix,
+    )
+    for i, row in enumerate(rows):
+        own = row["input_ids"][prefix:]
+        ids += own
+        positions += range(prefix, prefix + len(own))
+        labels += [MASKED, *row["labels"][prefix + 1 :]]  # a branch's first token has no predecessor of its own
+        branch += [i] * len(own)
+    of = torch.tensor(branch)
+    allowed = ((of[None, :] == of[:, None]) | (of[None, :] == -1)).tril()
+    return {
+        "input_ids": torch.tensor([ids]),
+        "labels": torch.tensor([labels]),
+        "position_ids": torch.tensor([positions]),
+        "allowed": allowed[None, None],
+    }

@@ -1,0 +1,85 @@
+"""A generator from whatever a stage left: a base model, an adapter, a merged model, an ONNX folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from phinetune.artifact import read_manifest
+from phinetune.errors import AdapterError
+from phinetune.events import Note, OnEvent, log_event
+from phinetune.generation.onnx_backend import load_onnx
+from phinetune.generation.protocol import Generator
+from phinetune.generation.torch_backend import TorchGenerator
+from phinetune.model.contract import PromptContract, load_contract
+from phinetune.model.embedded import EMBEDDED
+from phinetune.model.folder import Kind, base_key, kind_of, resolve_model
+from phinetune.model.load import load_base_contract, load_model, plan_load
+
+
+def find(name: str, on_event: OnEvent = log_event) -> tuple[Path, Kind]:
+    """(folder, kind) of a model given as the output folder of a stage, a base model's folder, a hub id, or an embedded model."""
+    folder = Path(name).expanduser()
+    if name not in EMBEDDED and folder.is_dir() and kind_of(folder) != "hf":
+        return folder, kind_of(folder)
+    return resolve_model(name, on_event), "hf"
+
+
+def load_generator(
+    name: str,
+    model_kwargs: dict[str, Any] | None = None,
+    longest: int | None = None,
+    base_model: str | None = None,
+    on_event: OnEvent = log_event,
+) -> Generator:
+    """The generator for `name` (see `find`). `base_model` replaces the one that an adapter names; it must have the same content."""
+    folder, kind = find(name, on_event)
+    if kind == "onnx":
+        return load_onnx(folder)
+    if kind == "adapter":
+        model, contract = load_adapted(folder, model_kwargs, longest, base_model, on_event)
+        return TorchGenerator(model.eval(), contract)
+    trust = bool((model_kwargs or {}).get("trust_remote_code", False))
+    model = load_model(folder, plan_load(folder, model_kwargs, longest, on_event))
+    return TorchGenerator(model, load_base_contract(folder, trust))
+
+
+def load_adapted(
+    folder: Path,
+    model_kwargs: dict[str, Any] | None = None,
+    longest: int | None = None,
+    base_model: str | None = None,
+    on_event: OnEvent = log_event,
+) -> tuple[Any, PromptContract]:
+    """(model with LoRA layers, contract) of an adapter folder. Raises AdapterError if the base model is not the one it was trained on."""
+    from phinetune.lora.adapter import load_adapter
+
+    base = adapter_base(folder, base_model, on_event)
+    contract = load_contract(folder, bool((model_kwargs or {}).get("trust_remote_code", False)))
+    model = load_model(base, plan_load(base, model_kwargs, longest, on_event))
+    load_adapter(model, folder)
+    return model, contract
+
+
+def adapter_base(folder: Path, base_model: str | None = None, on_event: OnEvent = log_event) -> Path:
+    """The folder of the base model that the adapter in `folder` belongs to, checked by content."""
+    from phinetune.lora.adapter import read_adapter
+
+    manifest = read_manifest(folder)
+    name = base_model or manifest.get("base_model") or read_adapter(folder)[2]
+    if not name:
+        raise AdapterError(f"{folder}: does not say which base model it belongs to", "name it with --base-model")
+    base = resolve_model(name, on_event)
+    expected = manifest.get("base_key")
+    if expected is None:
+        on_event(
+            Note(
+                f"{folder}: was not trained by phinetune; that {name} is its base model cannot be checked", warning=True
+            )
+        )
+    elif base_key(base) != expected:
+        raise AdapterError(
+            f"{folder}: was trained on another base model than {name} (their contents differ)",
+            "give the base model it was trained on with --base-model",
+        )
+    return base

@@ -1,0 +1,87 @@
+"""What this machine computes fast: measured once, remembered per machine, and used to choose the weights' dtype.
+
+No guessing from a processor's name: the same matrix product is timed in float32 and in bfloat16. Not here: placing models.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phinetune.artifact import cache_folder, content_key, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+_BF16_PAYS_FROM = 1.2  # bfloat16 must multiply this much faster than float32; below, its rounding buys nothing
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, then Apple's MPS, then the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def bfloat16_speedup(device: torch.device) -> float:
+    """How many times faster this machine multiplies matrices in bfloat16 than in float32; 0.0 where it cannot. Measured once."""
+    import torch
+
+    file = cache_folder() / "machine.json"
+    key = content_key(_machine(), str(device), torch.__version__, torch.get_num_threads())[:16]
+    try:
+        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        known[key] = {"bfloat16_speedup": round(_measure(device), 2), "machine": _machine(), "device": str(device)}
+        write_json(file, known)
+    return float(known[key]["bfloat16_speedup"])
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where this machine multiplies it faster than float32, else float32."""
+    import torch
+
+    return torch.bfloat16 if bfloat16_speedup(device) >= _BF16_PAYS_FROM else torch.float32
+
+
+def _machine() -> str:
+    """The processor's own name, for telling machines apart that share a home folder."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
+
+
+def _measure(device: torch.device) -> float:
+    """Median time of a (256, 1024) x (1024, 1024) product in float32 over that in bfloat16, taken in turns."""
+    import torch
+
+    def operands(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ones(256, 1024, dtype=dtype, device=device), torch.ones(1024, 1024, dtype=dtype, device=device)
+
+    def seconds(x: torch.Tensor, w: torch.Tensor) -> float:
+        start = time.perf_counter()
+        for _ in range(4):
+            y = x @ w
+        y[0, 0].item()  # waits for the device
+        return time.perf_counter() - start
+
+    try:
+        single, half = operands(torch.float32), operands(torch.bfloat16)
+        seconds(*single), seconds(*half)
+        times = [(seconds(*single), seconds(*half)) for _ in range(7)]
+    except RuntimeError:  # this device has no bfloat16 product
+        return 0.0
+    return statistics.median(t for t, _ in times) / statistics.median(t for _, t in times)

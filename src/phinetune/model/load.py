@@ -1,0 +1,266 @@
+"""Load a base model for this machine: dtype, attention and device from what was asked and what there is, each replacement said once.
+
+`model_kwargs` are those of `from_pretrained`, under old and new names. Not here: adapters, quantized bases, where the folder comes from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phinetune.errors import ConfigError, ModelError, did_you_mean
+from phinetune.events import Note, OnEvent, log_event
+from phinetune.model.compute import bfloat16_speedup, default_device, default_dtype
+from phinetune.model.contract import PromptContract, load_contract, load_tokenizer, make_contract
+from phinetune.model.folder import stored_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+_QUANTIZED = ("quantization_config", "load_in_4bit", "load_in_8bit")
+_NO_EFFECT = (
+    "use_safetensors",
+    "low_cpu_mem_usage",
+    "cache_dir",
+    "token",
+    "revision",
+    "local_files_only",
+    "subfolder",
+    "variant",
+)
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What `load_model` will do: decided before anything is loaded."""
+
+    dtype: torch.dtype
+    device: torch.device
+    attention: str
+    trust_remote_code: bool = False
+    config_overrides: dict[str, Any] = field(default_factory=dict)
+
+
+def plan_load(
+    folder: Path, model_kwargs: dict[str, Any] | None = None, longest: int | None = None, on_event: OnEvent = log_event
+) -> LoadPlan:
+    """The plan for `model_kwargs` (names of `from_pretrained`) on this machine; `longest` is the longest sequence expected, in tokens.
+
+    Raises ConfigError for names that neither `from_pretrained` nor the model's config knows, and for values that cannot be.
+    """
+    kwargs = dict(model_kwargs or {})
+    if "torch_dtype" in kwargs:
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+    trust = kwargs.pop("trust_remote_code", False)
+    if not isinstance(trust, bool):
+        raise ConfigError(f"model_kwargs.trust_remote_code: must be true or false (found: {trust!r})")
+    if asked := [name for name in _QUANTIZED if kwargs.get(name)]:
+        raise ConfigError(
+            f"model_kwargs.{asked[0]}: loading a quantized base is not supported yet",
+            "leave it out: the base is loaded in bfloat16 or float32",
+        )
+    for name in [k for k in kwargs if k in _NO_EFFECT]:
+        on_event(Note(f"model_kwargs.{name}: has no effect, the model is read from a local folder of safetensors"))
+    kwargs = {k: v for k, v in kwargs.items() if k not in (*_QUANTIZED, *_NO_EFFECT)}
+    device = _device(kwargs.pop("device_map", None), on_event)
+    dtype = _dtype(kwargs.pop("dtype", None), folder, device, on_event)
+    attention = _attention(kwargs.pop("attn_implementation", None), device, dtype, longest, on_event)
+    overrides = _config_overrides(kwargs, folder, trust)
+    return LoadPlan(dtype, device, attention, trust, overrides)
+
+
+def _device(asked: Any, on_event: OnEvent) -> torch.device:
+    import torch
+
+    here = default_device()
+    if asked in (None, "auto", "balanced", "sequential"):
+        return here
+    if isinstance(asked, dict):
+        asked = asked.get("") if set(asked) == {""} else None
+        if asked is None:
+            raise ConfigError(
+                "model_kwargs.device_map: a model spread over devices cannot be trained here",
+                'use "auto", a device such as "cuda:0", or leave it out',
+            )
+    try:
+        device = torch.device(asked)
+    except (RuntimeError, TypeError):
+        raise ConfigError(
+            f"model_kwargs.device_map: not a device (found: {asked!r})", 'use "auto", "cpu", "cuda:0", or leave it out'
+        ) from None
+    if device.type != "cpu" and device.type != here.type:
+        on_event(Note(f"model_kwargs.device_map: {device} is not on this machine, using {here}", warning=True))
+        return here
+    return device
+
+
+def _dtype(asked: Any, folder: Path, device: torch.device, on_event: OnEvent) -> torch.dtype:
+    import torch
+
+    if asked is None:
+        fastest = default_dtype(device)
+        on_event(
+            Note(
+                f"model: weights in {str(fastest)[6:]} (bfloat16 products run {bfloat16_speedup(device):.1f} x as fast as float32 here, measured)"
+            )
+        )
+        return fastest
+    if asked == "auto":
+        asked = stored_dtype(folder)
+    dtype: Any = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(
+            f"model_kwargs.torch_dtype: not a floating point type (found: {asked!r})",
+            "use bfloat16, float32, or leave it out",
+        )
+    if dtype == torch.float16 and device.type == "cpu":
+        best = default_dtype(device)
+        on_event(
+            Note(f"model_kwargs.torch_dtype: float16 cannot be trained on a CPU, using {str(best)[6:]}", warning=True)
+        )
+        return best
+    if dtype == torch.bfloat16 and default_dtype(device) != torch.bfloat16:
+        on_event(
+            Note(
+                f"model_kwargs.torch_dtype: bfloat16 is slower than float32 on this machine ({bfloat16_speedup(device):.1f} x, measured), using float32",
+                warning=True,
+            )
+        )
+        return torch.float32
+    return dtype
+
+
+_SHORT = 256  # tokens; up to here two batched products and a softmax beat the fused kernel on CPUs (forward + backward, measured)
+
+
+def _attention(asked: Any, device: torch.device, dtype: torch.dtype, longest: int | None, on_event: OnEvent) -> str:
+    import torch
+
+    known = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+    if asked is None:
+        return "eager" if device.type == "cpu" and longest is not None and longest <= _SHORT else "sdpa"
+    if asked not in known:
+        raise ConfigError(
+            f"model_kwargs.attn_implementation: unknown {asked!r}{did_you_mean(str(asked), known)}",
+            f"use one of {', '.join(known)}",
+        )
+    if asked.startswith("flash_attention"):
+        module = "flash_attn" if asked.endswith("2") else "flash_attn_3"
+        if (
+            device.type != "cuda"
+            or importlib.util.find_spec(module) is None
+            or dtype not in (torch.bfloat16, torch.float16)
+        ):
+            on_event(
+                Note(
+                    f"model_kwargs.attn_implementation: {asked} is not to be had on this machine, using sdpa",
+                    warning=True,
+                )
+            )
+            return "sdpa"
+    return str(asked)
+
+
+def _config_overrides(kwargs: dict[str, Any], folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """What is left must be fields of the model's config (`use_cache`, `rope_scaling`, ...)."""
+    if not kwargs:
+        return {}
+    from transformers import AutoConfig, PreTrainedModel
+
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    fields = {*config.to_dict(), *inspect.signature(type(config).__init__).parameters, "use_cache"} - {"self", "kwargs"}
+    unknown = [k for k in kwargs if k not in fields]
+    if unknown:
+        known = {
+            *fields,
+            *inspect.signature(PreTrainedModel.from_pretrained).parameters,
+            "torch_dtype",
+            "device_map",
+            "trust_remote_code",
+            "attn_implementation",
+        }
+        raise ConfigError([f"model_kwargs.{k}: unknown key{did_you_mean(k, known)}" for k in unknown])
+    return kwargs
+
+
+def load_model(folder: Path, plan: LoadPlan) -> Any:
+    """The causal language model in `folder`, by `plan`, in eval mode, on its device. Raises ModelError if weights are missing or misfit."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=plan.dtype,
+                attn_implementation=plan.attention,
+                trust_remote_code=plan.trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **plan.config_overrides,
+            )
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        hint = (
+            "set model_kwargs.trust_remote_code=true if you trust the code in that folder"
+            if "trust_remote_code" in str(error)
+            else ""
+        )
+        raise ModelError(
+            f"{folder}: the model cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}", hint
+        ) from error
+    absent = sorted(info["missing_keys"])
+    misfits = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info["mismatched_keys"])
+    problems = [
+        f"{folder}: {len(names)} weights {what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for names, what in ((absent, "are missing"), (misfits, "have other shapes than config.json says"))
+        if names
+    ]
+    if problems:
+        raise ModelError(problems, "the weights do not belong to this config.json; copy or download the model again")
+    return model.to(plan.device).eval()
+
+
+def load_base_contract(folder: Path, trust_remote_code: bool = False) -> PromptContract:
+    """The prompt contract of a base model's folder: the saved one where phinetune wrote the folder, else made from its files."""
+    if (folder / "prompt_contract.json").is_file():
+        return load_contract(folder, trust_remote_code)
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    generation_config = None
+    if (folder / "generation_config.json").is_file():
+        generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    return make_contract(load_tokenizer(folder, trust_remote_code), config, generation_config)
+
+
+def save_model(model: Any, contract: PromptContract, folder: Path) -> None:
+    """Write model, config, tokenizer and contract into `folder`; the stop ids go into the generation config."""
+    model.generation_config.eos_token_id = list(contract.stop_ids)
+    model.generation_config.pad_token_id = contract.pad_token_id
+    with quiet_transformers():
+        model.save_pretrained(str(folder))
+    contract.save(folder)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and warnings of transformers inside; its settings are as before afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Talking to a model: a chat session. Knows nothing of workflows or terminals."""

@@ -1,0 +1,63 @@
+"""A conversation with one model, answer by answer, in the prompt it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from phinetune.data.messages import Message, fill_template, template_fields
+from phinetune.errors import ModelError
+from phinetune.generation.protocol import Generator, Sampling, stream_text
+
+
+@dataclass
+class ChatSession:
+    """Messages so far and the model that answers.
+
+    With `template`, a prompt of training with one field, each message fills that field and stands alone, as the examples of the
+    training did. Without, the conversation grows; its oldest turns are left out when it outgrows the model's context.
+    """
+
+    generator: Generator
+    sampling: Sampling = field(default_factory=Sampling)
+    system: str | None = None
+    template: str | None = None
+    messages: list[Message] = field(default_factory=list)
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.messages.clear()
+
+    def reply(self, text: str) -> Iterator[str]:
+        """The answer to `text`, in pieces as they come. Raises ModelError if `text` alone is too long for the model."""
+        if self.template is not None:
+            self.messages.clear()
+            text = fill_template(self.template, {template_fields(self.template, "template")[0]: text})
+        self.messages.append({"role": "user", "content": text})
+        prompt = self._prompt()
+        pieces = []
+        for piece in stream_text(self.generator.contract, self.generator.stream(prompt, self.sampling)):
+            pieces.append(piece)
+            yield piece
+        self.messages.append({"role": "assistant", "content": "".join(pieces).strip()})
+
+    def _prompt(self) -> list[int]:
+        contract = self.generator.contract
+        start: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        room = contract.max_length - min(self.sampling.max_new_tokens, contract.max_length // 2)
+        while True:
+            ids = contract.prompt_ids([*start, *self.messages])
+            if len(ids) <= room:
+                return ids
+            if len(self.messages) == 1:
+                self.messages.clear()
+                raise ModelError(
+                    f"the message has {len(ids)} tokens with its template, the model's context has room for {room}",
+                    "send a shorter message",
+                )
+            del self.messages[:2]  # the oldest question with its answer
+
+
+def single_field_template(template: str | None) -> str | None:
+    """`template` if it has exactly one field, so that what a person types can fill it; else None."""
+    return template if template and len(template_fields(template, "data.prompt")) == 1 else None

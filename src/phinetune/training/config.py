@@ -1,0 +1,221 @@
+"""`training_config`: the names of `transformers.TrainingArguments`, of today and of earlier years, made to fit this machine.
+
+A renamed key is translated, a key that no longer means anything is dropped, a thing the machine lacks is replaced: each is said once.
+Unknown keys are errors. Where the user says nothing, values are derived from the run itself and said as derived. The object made here
+is the `TrainingArguments` that the Trainer receives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phinetune.errors import ConfigError, did_you_mean
+from phinetune.events import Note, OnEvent, log_event
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import TrainingArguments
+
+_RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "warmup_ratio": "warmup_steps",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+}
+_DROPPED = {
+    "save_safetensors": "adapters are always safetensors",
+    "logging_dir": "set TENSORBOARD_LOGGING_DIR instead",
+    "use_mps_device": "the device is found by itself",
+    "fp16_backend": "there is one way now",
+    "half_precision_backend": "there is one way now",
+    "fp16_opt_level": "there is one way now",
+    "past_index": "it has no effect on language models",
+    "include_tokens_per_second": "tokens per second are always shown",
+    "include_inputs_for_metrics": "metrics are computed by phinetune evaluate",
+    "use_ipex": "it was removed from transformers",
+    "jit_mode_eval": "it was removed from transformers",
+    "sharded_ddp": "use fsdp",
+    "torchdynamo": "use torch_compile",
+    "tpu_num_cores": "TPUs are not supported",
+    "local_rank": "it is set by the launcher",
+    "do_train": "finetune trains",
+    "do_predict": "use phinetune evaluate",
+    "remove_unused_columns": "only what the model needs reaches it",
+    "label_names": "labels come from the chat template",
+    "disable_tqdm": "progress is drawn by the command line",
+}
+_ELSEWHERE = {
+    "max_seq_length": "data.max_length",
+    "max_length": "data.max_length",
+    "dataset_text_field": "data.prompt and data.completion",
+    "completion_only_loss": "nothing: only answers are learned",
+    "assistant_only_loss": "nothing: only answers are learned",
+    "packing": "training.layout",
+}
+OWN_KEYS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "layout")
+"""Keys of training_config that finetune itself takes."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """`training_config` after reading: values for TrainingArguments, and what else it asked for."""
+
+    values: dict[str, Any]
+    wanted_dtype: str | None = None
+    output_dir: str | None = None
+    overwrite: bool = False
+    resume_from_checkpoint: str | bool | None = None
+    layout: str = "auto"
+
+
+def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_event) -> TrainingPlan:
+    """Translate and check names; nothing machine-dependent yet. Raises ConfigError with every unknown or impossible key."""
+    from transformers import TrainingArguments
+
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    values: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    problems: list[str] = []
+    for key, value in (config or {}).items():
+        if key in _RENAMED:
+            on_event(Note(f"training_config.{key}: is called {_RENAMED[key]} now, read as such"))
+            if value is not None and not (key == "warmup_ratio" and not value):
+                values.setdefault(_RENAMED[key], value)
+        elif key == "group_by_length":
+            on_event(Note(f"training_config.{key}: is called train_sampling_strategy now, read as such"))
+            values.setdefault("train_sampling_strategy", "group_by_length" if value else "random")
+        elif key in _DROPPED:
+            on_event(Note(f"training_config.{key}: has no effect, {_DROPPED[key]}"))
+        elif key in OWN_KEYS:
+            own[key] = value
+        elif key in _ELSEWHERE:
+            problems.append(f"training_config.{key}: belongs elsewhere, use {_ELSEWHERE[key]}")
+        elif key not in known:
+            problems.append(f"training_config.{key}: unknown key{did_you_mean(key, {*known, *_RENAMED, *OWN_KEYS})}")
+        elif value is not None:
+            values[key] = value
+    if values.get("push_to_hub"):
+        problems.append("training_config.push_to_hub: nothing is sent anywhere; upload the output folder yourself")
+    if own.get("layout", "auto") not in ("auto", "padded", "tree"):
+        problems.append(f"training_config.layout: must be auto, padded or tree (found: {own['layout']!r})")
+    if problems:
+        raise ConfigError(problems)
+    wanted = "bfloat16" if values.pop("bf16", False) else "float16" if values.pop("fp16", False) else None
+    values.pop("fp16", None)
+    return TrainingPlan(
+        values,
+        wanted,
+        own.get("output_dir"),
+        bool(own.get("overwrite_output_dir", False)),
+        own.get("resume_from_checkpoint"),
+        own.get("layout", "auto"),
+    )
+
+
+def fit_to_machine(values: dict[str, Any], device: torch.device, on_event: OnEvent = log_event) -> dict[str, Any]:
+    """`values` with what this machine lacks replaced by the best it has."""
+    values = dict(values)
+    optim = str(getattr(values.get("optim"), "value", values.get("optim") or ""))
+    needs_bitsandbytes = optim.startswith("paged_") or "8bit" in optim or optim.endswith("_bnb")
+    lacks = (optim.startswith("paged_") and device.type != "cuda") or (
+        needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None
+    )
+    lacks = lacks or (optim == "adamw_apex_fused" and importlib.util.find_spec("apex") is None)
+    if lacks:
+        replacement = "adamw_torch_fused" if "lion" not in optim else None
+        if replacement is None:
+            raise ConfigError(
+                f"training_config.optim: {optim} is not to be had on this machine", "use adamw_torch_fused"
+            )
+        on_event(
+            Note(f"training_config.optim: {optim} is not to be had on this machine, using {replacement}", warning=True)
+        )
+        values["optim"] = replacement
+    for key in ("tf32", "bf16_full_eval", "fp16_full_eval"):
+        if values.pop(key, False):
+            on_event(
+                Note(
+                    f"training_config.{key}: has no effect here, evaluation runs in the training's own dtype"
+                    if "eval" in key
+                    else f"training_config.{key}: not on this machine, left out"
+                )
+            )
+    kwargs = dict(values.get("activation_checkpointing_kwargs") or {})
+    if kwargs.pop("use_reentrant", False):
+        on_event(
+            Note(
+                "training_config.gradient_checkpointing_kwargs.use_reentrant: true cannot train adapters on a frozen base, using false",
+                warning=True,
+            )
+        )
+    if values.get("activation_checkpointing"):
+        values["activation_checkpointing_kwargs"] = {**kwargs, "use_reentrant": False}
+    else:
+        values.pop("activation_checkpointing_kwargs", None)
+    return values
+
+
+def training_arguments(
+    values: dict[str, Any],
+    examples: int,
+    hidden_size: int,
+    device: torch.device,
+    folder: Path,
+    on_event: OnEvent = log_event,
+) -> TrainingArguments:
+    """The Trainer's arguments for a run over `examples` examples that keeps its checkpoints in `folder`.
+
+    What is not given is derived and said. Raises ConfigError for values that TrainingArguments refuses.
+    """
+    derived: dict[str, Any] = {}
+    given = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "num_train_epochs": 3, **values}
+    if "per_device_train_batch_size" not in values:
+        derived["per_device_train_batch_size"] = max(1, min(16, examples // 8))
+        given["per_device_train_batch_size"] = derived["per_device_train_batch_size"]
+    try:
+        batch = int(given["per_device_train_batch_size"]) * int(given["gradient_accumulation_steps"])
+        per_epoch = math.ceil(examples / max(batch, 1))
+        steps = int(values.get("max_steps") or -1)
+        steps = steps if steps > 0 else math.ceil(per_epoch * float(given["num_train_epochs"]))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"training_config: {error}") from None
+    if "learning_rate" not in values:
+        # 5e-4 suits a width of 576, 2e-4 one of 3072 (the usual value for Phi-3-mini): between them it falls with the square root.
+        derived["learning_rate"] = float(f"{5e-4 * math.sqrt(576 / max(hidden_size, 576)):.1e}")
+    for key, value in {
+        "num_train_epochs": 3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, steps // 20),
+        "logging_steps": max(1, steps // 50),
+        "save_steps": max(1, steps // 8),
+        "save_total_limit": 1,
+        "per_device_eval_batch_size": given["per_device_train_batch_size"],
+        "seed": 0,
+    }.items():
+        if key not in values and not (key == "num_train_epochs" and int(values.get("max_steps") or -1) > 0):
+            derived[key] = value
+    shown = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in derived.items())
+    if shown:
+        on_event(Note(f"training: {steps} steps; derived: {shown}"))
+    from transformers import TrainingArguments
+
+    fixed = {
+        "output_dir": str(folder),
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda" and values.get("dataloader_pin_memory", True),
+    }
+    try:
+        return TrainingArguments(**{**derived, **values, **fixed})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"training_config: {str(error).splitlines()[0]}") from None

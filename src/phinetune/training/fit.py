@@ -1,0 +1,90 @@
+"""One training run: the Trainer with our loss, over examples that are ready, from the last whole checkpoint if there is one.
+
+The model arrives with its trainable parameters in place; how they are saved and read back are two functions of the caller's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phinetune.errors import ConfigError
+from phinetune.events import Note, OnEvent, log_event
+from phinetune.training.trainer import AdapterTrainer, EventCallback, last_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from phinetune.data.examples import Examples
+
+
+def fit(
+    model: Any,
+    train: Examples,
+    test: Examples,
+    collator: Callable[[Any], Any],
+    arguments: TrainingArguments,
+    save_state: Callable[[Path], None],
+    load_state: Callable[[Path], None],
+    state_file: str,
+    resume_from_checkpoint: str | bool | None = None,
+    on_event: OnEvent = log_event,
+) -> dict[str, Any]:
+    """Train `model` in place and return the run's figures: steps, seconds, tokens per second, losses.
+
+    `state_file` is the file that `save_state` writes last. Raises TrainingError if the run diverges, ConfigError for a checkpoint that
+    is not there.
+    """
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    if arguments.n_gpu > 1:
+        raise ConfigError(
+            f"{arguments.n_gpu} GPUs in one process",
+            "start with torchrun or accelerate launch, or choose one with CUDA_VISIBLE_DEVICES",
+        )
+    columns = ["input_ids", "labels", "length"]
+    trainer = AdapterTrainer(
+        model=model,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=train.table.select_columns(columns),
+        eval_dataset=test.table.select_columns(columns) if len(test) else None,
+        callbacks=[EventCallback(on_event)],
+        save_state=save_state,
+        load_state=load_state,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    checkpoint = _checkpoint(Path(str(arguments.output_dir)), state_file, resume_from_checkpoint)
+    if checkpoint is not None:
+        on_event(Note(f"training: going on from {checkpoint.name}"))
+    start = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - start
+    first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    share = (result.global_step - first_step) / max(result.global_step, 1)
+    tokens = sum(train.lengths) * float(trainer.state.epoch or 0.0) * share
+    figures = {
+        "steps": result.global_step,
+        "resumed_at_step": first_step,
+        "train_seconds": round(seconds, 2),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "train_loss": [round(e["loss"], 6) for e in trainer.state.log_history if "loss" in e],
+    }
+    if len(test):
+        figures |= {k: v for k, v in trainer.evaluate().items() if k in ("eval_loss", "eval_perplexity")}
+    return figures
+
+
+def _checkpoint(folder: Path, state_file: str, asked: str | bool | None) -> Path | None:
+    if isinstance(asked, str):
+        path = Path(asked).expanduser()
+        if not (path / state_file).is_file():
+            raise ConfigError(
+                f"training_config.resume_from_checkpoint: {asked} is not a checkpoint of phinetune",
+                "give a folder called checkpoint-N, or leave it out to go on by itself",
+            )
+        return path
+    return None if asked is False else last_checkpoint(folder, state_file)

@@ -1,0 +1,137 @@
+"""`transformers.Trainer` with four things changed: the loss, evaluation by token, what a checkpoint holds, and who draws.
+
+Everything else (schedules, optimizers, accumulation, logging integrations, several processes) is the Trainer's. A checkpoint holds the
+trained state that the caller's functions write and read; `trainer_state.json` comes last, so a checkpoint without it is not whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from phinetune.errors import TrainingError
+from phinetune.events import Note, OnEvent, Progress
+from phinetune.training.loss import learned_positions, supervised_loss
+
+CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+class AdapterTrainer(Trainer):
+    """See the module's head. `save_state(folder)` and `load_state(folder)` write and read what is trained."""
+
+    loss_is_scaled_for_ga = True  # the loss is divided by the learned tokens of the whole step
+
+    def __init__(
+        self, *, save_state: Callable[[Path], None], load_state: Callable[[Path], None], **kwargs: Any
+    ) -> None:
+        self._save_state, self._load_state = save_state, load_state
+        super().__init__(**kwargs)
+        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the learned tokens of each step
+        self._head = self.model.get_output_embeddings()
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        loss = supervised_loss(model, self._head, inputs, self.model.dtype, num_items_in_batch, smoothing)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP will average over processes; the count is already global
+        return (loss, {}) if return_outputs else loss
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss per learned token over the whole set, and its perplexity."""
+        loader = self.get_eval_dataloader(eval_dataset)
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device="cpu")  # loss, tokens
+        for batch in loader:
+            batch = self._prepare_inputs(batch)
+            count = len(learned_positions(batch["labels"])[1])
+            sums += torch.tensor(
+                [float(supervised_loss(self.model, self._head, batch, self.model.dtype, 1)), count], dtype=torch.float64
+            )
+        loss, tokens = self.accelerator.reduce(sums.to(self.args.device, torch.float32), reduction="sum").tolist()
+        mean = loss / tokens
+        metrics = {
+            f"{metric_key_prefix}_loss": mean,
+            f"{metric_key_prefix}_perplexity": math.exp(min(mean, 700.0)),
+            f"{metric_key_prefix}_tokens": tokens,
+        }
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise TrainingError(
+                f"the loss is not finite at step {self.state.global_step}: training diverged",
+                "lower training_config.learning_rate, or raise warmup_steps",
+            )
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            self._save_state(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._load_state(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is not None:
+            self._load_state(Path(self.state.best_model_checkpoint))
+
+
+class EventCallback(TrainerCallback):
+    """Passes steps and logs on to `on_event`."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self.on_event = on_event
+        self.figures: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_event(Progress("training", state.global_step, state.max_steps))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_event(Progress("training", state.global_step, state.max_steps, self.figures))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        shown = {k: float(v) for k, v in (logs or {}).items() if k in ("loss", "learning_rate", "eval_loss", "epoch")}
+        self.figures = {**self.figures, **shown}
+        if state.is_world_process_zero and "eval_loss" in shown:
+            self.on_event(
+                Note(f"training: step {state.global_step}, held-out loss {shown['eval_loss']:.4f} per learned token")
+            )
+
+
+def last_checkpoint(folder: Path, state_file: str) -> Path | None:
+    """The latest whole checkpoint in `folder`. Ones that a killed run left half written are removed."""
+    found: list[tuple[int, Path]] = []
+    for path in folder.glob("checkpoint-*"):
+        if _is_whole(path, state_file):
+            found.append((int(path.name.rpartition("-")[2]), path))
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return max(found)[1] if found else None
+
+
+def _is_whole(path: Path, state_file: str) -> bool:
+    if not path.name.rpartition("-")[2].isdigit() or not all(
+        (path / f).is_file() for f in (state_file, *CHECKPOINT_FILES)
+    ):
+        return False
+    try:
+        state: dict[str, Any] = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return "global_step" in state

@@ -1,0 +1,1 @@
+"""The stages as functions: finetune, evaluate, merge, export, and quickstart that runs them all. What commands and passes call."""
