@@ -98,9 +98,14 @@ class PromptContract:
         }
 
     def _generation_prompt(self) -> str:
+        """What the template writes to begin an answer: where the ids with it part from those without it."""
         messages = [{"role": "user", "content": "x"}]
-        without = self.render(messages, add_generation_prompt=False)
-        return self.render(messages, add_generation_prompt=True)[len(without) :]
+        without, ids = (self.tokenize(self.render(messages, add_generation_prompt=g)) for g in (False, True))
+        start = next(
+            (i for i, (a, b) in enumerate(zip(ids, without, strict=False)) if a != b), min(len(ids), len(without))
+        )
+        text: str = self.tokenizer.decode(ids[start:], skip_special_tokens=False)
+        return text
 
     def save(self, folder: Path) -> None:
         """Write the contract and the tokenizer's files into `folder`."""

@@ -171,9 +171,9 @@ def _config_overrides(kwargs: dict[str, Any], folder: Path, trust_remote_code: b
     """What is left must be fields of the model's config (`use_cache`, `rope_scaling`, ...)."""
     if not kwargs:
         return {}
-    from transformers import AutoConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    config = read_model_config(folder, trust_remote_code)
     fields = {*config.to_dict(), *inspect.signature(type(config).__init__).parameters, "use_cache"} - {"self", "kwargs"}
     unknown = [k for k in kwargs if k not in fields]
     if unknown:
@@ -189,6 +189,24 @@ def _config_overrides(kwargs: dict[str, Any], folder: Path, trust_remote_code: b
     return kwargs
 
 
+def read_model_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model folder. Raises ModelError for an architecture that transformers does not know."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise _load_error(folder, error) from error
+
+
+def _load_error(folder: Path, error: Exception) -> ModelError:
+    remote = "trust_remote_code" in str(error)
+    hint = "set model_kwargs.trust_remote_code=true if you trust the code in that folder" if remote else ""
+    return ModelError(
+        f"{folder}: the model cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}", hint
+    )
+
+
 def load_model(folder: Path, plan: LoadPlan) -> Any:
     """The causal language model in `folder`, by `plan`, in eval mode, on its device. Raises ModelError if weights are missing or misfit."""
     from transformers import AutoModelForCausalLM
@@ -202,18 +220,12 @@ def load_model(folder: Path, plan: LoadPlan) -> Any:
                 trust_remote_code=plan.trust_remote_code,
                 local_files_only=True,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are named below, all of them
                 output_loading_info=True,
                 **plan.config_overrides,
             )
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        hint = (
-            "set model_kwargs.trust_remote_code=true if you trust the code in that folder"
-            if "trust_remote_code" in str(error)
-            else ""
-        )
-        raise ModelError(
-            f"{folder}: the model cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}", hint
-        ) from error
+    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+        raise _load_error(folder, error) from error
     absent = sorted(info["missing_keys"])
     misfits = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info["mismatched_keys"])
     problems = [
@@ -230,9 +242,9 @@ def load_base_contract(folder: Path, trust_remote_code: bool = False) -> PromptC
     """The prompt contract of a base model's folder: the saved one where phinetune wrote the folder, else made from its files."""
     if (folder / "prompt_contract.json").is_file():
         return load_contract(folder, trust_remote_code)
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    config = read_model_config(folder, trust_remote_code)
     generation_config = None
     if (folder / "generation_config.json").is_file():
         generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)

@@ -12,8 +12,9 @@ import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from phinetune.data.batches import Layout
 from phinetune.errors import ConfigError, did_you_mean
 from phinetune.events import Note, OnEvent, log_event
 
@@ -73,7 +74,7 @@ class TrainingPlan:
     output_dir: str | None = None
     overwrite: bool = False
     resume_from_checkpoint: str | bool | None = None
-    layout: str = "auto"
+    layout: Layout = "auto"
 
 
 def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_event) -> TrainingPlan:
@@ -81,14 +82,18 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
     from transformers import TrainingArguments
 
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    hints = get_type_hints(TrainingArguments)
     values: dict[str, Any] = {}
     own: dict[str, Any] = {}
     problems: list[str] = []
     for key, value in (config or {}).items():
         if key in _RENAMED:
             on_event(Note(f"training_config.{key}: is called {_RENAMED[key]} now, read as such"))
-            if value is not None and not (key == "warmup_ratio" and not value):
-                values.setdefault(_RENAMED[key], value)
+            if value is not None:
+                try:
+                    values.setdefault(_RENAMED[key], _as_declared(hints[_RENAMED[key]], value))
+                except ValueError as error:
+                    problems.append(f"training_config.{key}: {error}")
         elif key == "group_by_length":
             on_event(Note(f"training_config.{key}: is called train_sampling_strategy now, read as such"))
             values.setdefault("train_sampling_strategy", "group_by_length" if value else "random")
@@ -101,7 +106,10 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
         elif key not in known:
             problems.append(f"training_config.{key}: unknown key{did_you_mean(key, {*known, *_RENAMED, *OWN_KEYS})}")
         elif value is not None:
-            values[key] = value
+            try:
+                values[key] = _as_declared(hints[key], value)
+            except ValueError as error:
+                problems.append(f"training_config.{key}: {error}")
     if values.get("push_to_hub"):
         problems.append("training_config.push_to_hub: nothing is sent anywhere; upload the output folder yourself")
     if own.get("layout", "auto") not in ("auto", "padded", "tree"):
@@ -118,6 +126,24 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
         own.get("resume_from_checkpoint"),
         own.get("layout", "auto"),
     )
+
+
+def _as_declared(hint: Any, value: Any) -> Any:
+    """`value` as the number or truth value that `hint` declares; anything else is passed on. Raises ValueError with what is wanted."""
+    kinds = {int, float, bool, str} & {hint, *get_args(hint)}
+    if kinds == {bool} and not isinstance(value, bool):
+        raise ValueError(f"must be true or false (found: {value!r})")
+    if not kinds or not kinds <= {int, float}:
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"must be a number (found: {value!r})") from None
+    if isinstance(value, bool) or (kinds == {int} and number != int(number)):
+        raise ValueError(
+            f"must be a whole number (found: {value!r})" if kinds == {int} else f"must be a number (found: {value!r})"
+        )
+    return int(number) if kinds == {int} else number
 
 
 def fit_to_machine(values: dict[str, Any], device: torch.device, on_event: OnEvent = log_event) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from phinetune.errors import ConfigError
 from phinetune.events import Note, OnEvent, log_event
-from phinetune.training.trainer import AdapterTrainer, EventCallback, last_checkpoint
+from phinetune.training.trainer import AdapterTrainer, EventCallback, is_whole, last_checkpoint
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -28,13 +28,12 @@ def fit(
     arguments: TrainingArguments,
     save_state: Callable[[Path], None],
     load_state: Callable[[Path], None],
-    state_file: str,
     resume_from_checkpoint: str | bool | None = None,
     on_event: OnEvent = log_event,
 ) -> dict[str, Any]:
     """Train `model` in place and return the run's figures: steps, seconds, tokens per second, losses.
 
-    `state_file` is the file that `save_state` writes last. Raises TrainingError if the run diverges, ConfigError for a checkpoint that
+    Raises TrainingError if the run diverges, ConfigError for a checkpoint that
     is not there.
     """
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -57,7 +56,7 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    checkpoint = _checkpoint(Path(str(arguments.output_dir)), state_file, resume_from_checkpoint)
+    checkpoint = _checkpoint(Path(str(arguments.output_dir)), resume_from_checkpoint)
     if checkpoint is not None:
         on_event(Note(f"training: going on from {checkpoint.name}"))
     start = time.perf_counter()
@@ -78,13 +77,13 @@ def fit(
     return figures
 
 
-def _checkpoint(folder: Path, state_file: str, asked: str | bool | None) -> Path | None:
+def _checkpoint(folder: Path, asked: str | bool | None) -> Path | None:
     if isinstance(asked, str):
         path = Path(asked).expanduser()
-        if not (path / state_file).is_file():
+        if not is_whole(path):
             raise ConfigError(
                 f"training_config.resume_from_checkpoint: {asked} is not a checkpoint of phinetune",
                 "give a folder called checkpoint-N, or leave it out to go on by itself",
             )
         return path
-    return None if asked is False else last_checkpoint(folder, state_file)
+    return None if asked is False else last_checkpoint(folder)

@@ -20,7 +20,7 @@ from phinetune.errors import TrainingError
 from phinetune.events import Note, OnEvent, Progress
 from phinetune.training.loss import learned_positions, supervised_loss
 
-CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
 class AdapterTrainer(Trainer):
@@ -114,21 +114,20 @@ class EventCallback(TrainerCallback):
             )
 
 
-def last_checkpoint(folder: Path, state_file: str) -> Path | None:
+def last_checkpoint(folder: Path) -> Path | None:
     """The latest whole checkpoint in `folder`. Ones that a killed run left half written are removed."""
     found: list[tuple[int, Path]] = []
     for path in folder.glob("checkpoint-*"):
-        if _is_whole(path, state_file):
+        if is_whole(path):
             found.append((int(path.name.rpartition("-")[2]), path))
         else:
             shutil.rmtree(path, ignore_errors=True)
     return max(found)[1] if found else None
 
 
-def _is_whole(path: Path, state_file: str) -> bool:
-    if not path.name.rpartition("-")[2].isdigit() or not all(
-        (path / f).is_file() for f in (state_file, *CHECKPOINT_FILES)
-    ):
+def is_whole(path: Path) -> bool:
+    """True if `path` is a checkpoint with every file that resuming needs."""
+    if not path.name.rpartition("-")[2].isdigit() or not all((path / f).is_file() for f in CHECKPOINT_FILES):
         return False
     try:
         state: dict[str, Any] = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))

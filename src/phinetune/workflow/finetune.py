@@ -13,21 +13,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phinetune.artifact import building, check_output, content_key, file_hash, is_finished, read_manifest
+from phinetune.artifact import (
+    building,
+    check_output,
+    content_key,
+    file_hash,
+    is_finished,
+    partial_folder,
+    read_manifest,
+)
 from phinetune.data.batches import Collator
-from phinetune.data.examples import Examples, load_examples
+from phinetune.data.examples import load_examples
 from phinetune.data.messages import DataConfig, parse_data_config
 from phinetune.data.records import data_file
 from phinetune.errors import ConfigError, TrainingError
 from phinetune.events import Note, OnEvent, log_event
-from phinetune.lora.adapter import WEIGHTS_FILE, load_adapter_state, read_adapter, save_adapter
 from phinetune.lora.config import LoraConfig, parse_lora_config
-from phinetune.lora.inject import inject
-from phinetune.lora.layers import lora_layers, lora_size
 from phinetune.model.folder import base_key, resolve_model
-from phinetune.model.load import load_base_contract, load_model, plan_load
+from phinetune.model.load import LoadPlan, load_base_contract, load_model, plan_load, read_model_config
 from phinetune.training.config import TrainingPlan, fit_to_machine, read_training_config, training_arguments
-from phinetune.training.fit import fit
+
+_SECRET = ("token", "use_auth_token")
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,18 @@ class FinetuneResult:
     folder: Path
     manifest: dict[str, Any] = field(default_factory=dict)
     unchanged: bool = False
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, read and checked."""
+
+    data: DataConfig
+    lora: LoraConfig
+    training: TrainingPlan
+    model_kwargs: dict[str, Any]
+    folder: Path
+    overwrite: bool
 
 
 def finetune(
@@ -57,6 +75,44 @@ def finetune(
 
     Raises a PhinetuneError for whatever the user can mend, before training begins where it can be known before.
     """
+    asked = _read(data, training_config, peft_config, model_kwargs, output_dir, overwrite, on_event)
+    folder, data_path = asked.folder, data_file(asked.data.path)
+    base = resolve_model(model, on_event)
+    contents = {"base_key": base_key(base), "data_sha256": file_hash(data_path)}
+    key = _key(asked, contents)
+    check_output(folder, "adapter", key, asked.overwrite, needed_bytes=64 << 20)
+    if is_finished(folder, "adapter", key) and not asked.overwrite:
+        on_event(Note(f"unchanged: {folder} holds the result of exactly this run"))
+        return FinetuneResult(folder, read_manifest(folder), unchanged=True)
+
+    plan_load(base, asked.model_kwargs, on_event=lambda event: None)  # its problems come before the data's long reading
+    contract = load_base_contract(base, bool(asked.model_kwargs.get("trust_remote_code", False)))
+    train, test, ledger = load_examples(asked.data, contract, on_event)
+    for line in ledger.lines():
+        on_event(Note(line))
+    load_plan = plan_load(base, asked.model_kwargs, max(train.lengths), on_event)
+    width = read_model_config(base, load_plan.trust_remote_code).get_text_config().hidden_size
+    values = fit_to_machine(asked.training.values, load_plan.device, on_event)
+    arguments = training_arguments(values, len(train), width, load_plan.device, partial_folder(folder), on_event)
+    collator = Collator(contract.pad_token_id, width, asked.training.layout)
+    record = {"stage": "finetune", "base_model": model, **contents, "ledger": asdict(ledger), **_settings(asked)}
+    with building(folder, "adapter", key, record, resume=True) as partial:
+        from phinetune.training.fit import fit
+
+        session = _Session(base, model, load_plan, asked.lora, arguments.seed, on_event)
+        resume = asked.training.resume_from_checkpoint
+        figures = fit(session.model, train, test, collator, arguments, session.save, session.load, resume, on_event)
+        session.save(partial)
+        contract.save(partial)
+        record |= {"figures": figures, **session.facts(), "seed": arguments.seed}
+    on_event(Note(f"adapter: written to {folder}"))
+    return FinetuneResult(folder, read_manifest(folder))
+
+
+def _read(
+    data: Any, training: Any, peft: Any, model_kwargs: Any, output_dir: Any, overwrite: bool, on_event: OnEvent
+) -> _Request:
+    """Every config read and checked, all their problems in one ConfigError."""
     problems: list[str] = []
 
     def collect(read: Callable[[], Any]) -> Any:
@@ -67,126 +123,83 @@ def finetune(
             return None
 
     data_config: DataConfig = collect(lambda: parse_data_config(data))
-    lora: LoraConfig = collect(lambda: parse_lora_config(peft_config))
-    plan: TrainingPlan = collect(lambda: read_training_config(training_config, on_event))
+    lora: LoraConfig = collect(lambda: parse_lora_config(peft))
+    plan: TrainingPlan = collect(lambda: read_training_config(training, on_event))
     chosen = output_dir or (plan.output_dir if plan else None)
-    if not chosen:
+    if not chosen and plan:
         problems.append("output_dir: this key is needed")
+    if model_kwargs is not None and not isinstance(model_kwargs, dict):
+        problems.append(f"model_kwargs: must hold key: value pairs (found: {model_kwargs!r})")
     if problems:
         raise ConfigError(problems)
-    folder, overwrite = Path(str(chosen)).expanduser(), overwrite or plan.overwrite
-
-    data_path = data_file(data_config.path)
-    base = resolve_model(model, on_event)
-    base_content, data_content = base_key(base), file_hash(data_path)
-    key = content_key(
-        base_content,
-        data_content,
-        asdict(data_config) | {"path": ""},
-        asdict(lora),
-        plan.values,
-        plan.layout,
-        plan.wanted_dtype,
-        model_kwargs or {},
-    )
-    check_output(folder, "adapter", key, overwrite, needed_bytes=64 << 20)
-    if is_finished(folder, "adapter", key) and not overwrite:
-        on_event(Note(f"unchanged: {folder} holds the result of exactly this run"))
-        return FinetuneResult(folder, read_manifest(folder), unchanged=True)
-
-    contract = load_base_contract(base, bool((model_kwargs or {}).get("trust_remote_code", False)))
-    train, test, ledger = load_examples(data_config, contract, on_event)
-    for line in ledger.lines():
-        on_event(Note(line))
-    record = {
-        "stage": "finetune",
-        "base_model": model,
-        "base_key": base_content,
-        "data": asdict(data_config),
-        "data_sha256": data_content,
-        "ledger": asdict(ledger),
-        "training_config": plan.values,
-        "peft_config": asdict(lora),
-        "model_kwargs": {k: str(v) for k, v in (model_kwargs or {}).items()},
-    }
-    with building(folder, "adapter", key, record, resume=True) as partial:
-        lora_model, save_state, load_state = _load_with_lora(
-            base, model, lora, plan, model_kwargs or {}, train, on_event
-        )
-        config = lora_model.config.get_text_config()
-        arguments = training_arguments(
-            fit_to_machine(plan.values, lora_model.device, on_event),
-            len(train),
-            config.hidden_size,
-            lora_model.device,
-            partial,
-            on_event,
-        )
-        size = lora_size(lora_model)
-        on_event(
-            Note(
-                f"adapter: {size.layers} layers, {size.trainable:,} of {size.total:,} parameters are trained ({size.trainable / size.total:.1%})"
-            )
-        )
-        collator = Collator(contract.pad_token_id, config.hidden_size, plan.layout)  # type: ignore[arg-type]
-        figures = fit(
-            lora_model,
-            train,
-            test,
-            collator,
-            arguments,
-            save_state,
-            load_state,
-            WEIGHTS_FILE,
-            plan.resume_from_checkpoint,
-            on_event,
-        )
-        _check_finite(lora_model)
-        save_state(partial)
-        contract.save(partial)
-        record |= {"figures": figures, "size": asdict(size), "dtype": str(lora_model.dtype)[6:], "seed": arguments.seed}
-    on_event(Note(f"adapter: written to {folder}"))
-    return FinetuneResult(folder, read_manifest(folder))
-
-
-def _load_with_lora(
-    base: Path,
-    name: str,
-    lora: LoraConfig,
-    plan: TrainingPlan,
-    model_kwargs: dict[str, Any],
-    train: Examples,
-    on_event: OnEvent,
-) -> tuple[Any, Callable[[Path], None], Callable[[Path], None]]:
-    """The base model with fresh, seeded LoRA layers in train mode, and the functions that write and read what is trained."""
-    from transformers import set_seed
-
-    kwargs = dict(model_kwargs)
+    kwargs = dict(model_kwargs or {})
     if plan.wanted_dtype and not {"dtype", "torch_dtype"} & set(kwargs):
         kwargs["dtype"] = plan.wanted_dtype
-    model = load_model(base, plan_load(base, kwargs, max(train.lengths), on_event))
-    set_seed(int(plan.values.get("seed", 0)))
-    inject(model, lora)
-
-    def save_state(folder: Path) -> None:
-        save_adapter(model, lora, folder, name)
-
-    def load_state(folder: Path) -> None:
-        load_adapter_state(model, read_adapter(folder)[1], folder)
-
-    return model.train(), save_state, load_state
+    return _Request(data_config, lora, plan, kwargs, Path(str(chosen)).expanduser(), overwrite or plan.overwrite)
 
 
-def _check_finite(model: Any) -> None:
-    import torch
+def _key(asked: _Request, contents: dict[str, str]) -> str:
+    """What decides the adapter's bytes: the base's and the data's content, and every setting but the data file's name."""
+    plan = asked.training
+    kwargs = {k: v for k, v in asked.model_kwargs.items() if k not in _SECRET}
+    return content_key(
+        contents, asdict(asked.data) | {"path": ""}, asdict(asked.lora), plan.values, plan.layout, kwargs
+    )
 
-    broken = [
-        name
-        for name, layer in lora_layers(model).items()
-        if not (torch.isfinite(layer.lora_A).all() and torch.isfinite(layer.lora_B).all())
-    ]
-    if broken:
-        raise TrainingError(
-            f"{broken[0]}: the trained factors are not finite ({len(broken)} layers)",
-            "lower training_config.learning_rate",
+
+def _settings(asked: _Request) -> dict[str, Any]:
+    """The settings for the manifest; secrets stay out."""
+    kwargs = {k: str(v) for k, v in asked.model_kwargs.items() if k not in _SECRET}
+    training = {k: v for k, v in asked.training.values.items() if "token" not in k}
+    return {
+        "data": asdict(asked.data),
+        "training_config": training,
+        "peft_config": asdict(asked.lora),
+        "model_kwargs": kwargs,
+    }
+
+
+class _Session:
+    """The base model with fresh, seeded LoRA layers in train mode, and how its trained state is written and read back."""
+
+    def __init__(self, base: Path, name: str, plan: LoadPlan, lora: LoraConfig, seed: int, on_event: OnEvent) -> None:
+        from transformers import set_seed
+
+        from phinetune.lora.inject import inject
+        from phinetune.lora.layers import lora_size
+
+        self.model, self.lora, self.name = load_model(base, plan), lora, name
+        set_seed(seed)
+        inject(self.model, lora)
+        self.model.train()
+        self.size = lora_size(self.model)
+        share = self.size.trainable / self.size.total
+        on_event(
+            Note(
+                f"adapter: {self.size.layers} layers, {self.size.trainable:,} of {self.size.total:,} parameters are trained ({share:.1%})"
+            )
         )
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter into `folder`. Raises TrainingError, and writes nothing, if a factor is not finite."""
+        import torch
+
+        from phinetune.lora.adapter import adapter_state, save_adapter
+
+        broken = [name for name, factor in adapter_state(self.model).items() if not torch.isfinite(factor).all()]
+        if broken:
+            raise TrainingError(
+                f"{broken[0]}: not finite, as {len(broken) - 1} more: training diverged",
+                "lower training_config.learning_rate",
+            )
+        save_adapter(self.model, self.lora, folder, self.name)
+
+    def load(self, folder: Path) -> None:
+        """Read a checkpoint's adapter back."""
+        from phinetune.lora.adapter import load_adapter_state, read_adapter
+
+        load_adapter_state(self.model, read_adapter(folder)[1], folder)
+
+    def facts(self) -> dict[str, Any]:
+        """Size and dtype, for the manifest."""
+        return {"size": asdict(self.size), "dtype": str(self.model.dtype)[6:]}

@@ -1,0 +1,55 @@
+"""Every test runs offline, with a cache of its own; the models they share are built once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+_OFFLINE = Path(__file__).parent / "offline"
+sys.path[:0] = [str(Path(__file__).parent), str(_OFFLINE)]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(_OFFLINE), *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import sitecustomize  # noqa: E402
+
+sitecustomize._resolve  # noqa: B018  the guard, not some other module of that name
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tiny import PROMPT, tiny_folder, tone_rows, write_rows  # noqa: E402
+
+torch.set_num_threads(1)  # tiny products run faster on one thread, and two test runs do not get into each other's way
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A cache for this run; the embedded model, dear to unpack, is shared with the user's."""
+    os.environ.setdefault("PHINETUNE_CACHE", str(tmp_path_factory.getbasetemp().parent / "phinetune-cache"))
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def phi3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "phi3", "phi3")
+
+
+@pytest.fixture(params=["llama", "phi3"])
+def model_folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"{request.param}_folder")
+
+
+@pytest.fixture
+def tone_file(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "tone.jsonl", tone_rows())
+
+
+@pytest.fixture
+def tone_data(tone_file: Path) -> dict[str, object]:
+    return {"path": str(tone_file), **PROMPT}
