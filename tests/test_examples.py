@@ -6,6 +6,7 @@ import functools
 import gc
 import pickle
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +157,12 @@ def test_each_answer_is_learned_with_its_stop_token_and_nothing_else(
     assert example.input_ids[:first] == contract(template).prompt_ids(messages[:asked])
 
 
-# BUG: where answers are not closed, the first one's span runs over the user's next turn to the end.
 def test_what_the_user_says_is_never_learned_where_answers_are_not_closed() -> None:
     example, _, _ = encode(conversation(MULTI), OPEN)
     assert "and more?" not in "".join(learned(example, OPEN))
     assert "sadness at last" in learned(example, OPEN)[-1]
 
 
-# BUG: IndexError where the template shows no answer.
 def test_an_answer_that_the_template_does_not_show_is_still_learned() -> None:
     example, _, _ = encode(conversation(SINGLE), SILENT)
     assert learned(example, SILENT) == ["joy<|endoftext|>"]
@@ -198,9 +197,8 @@ def test_a_tokenizer_that_joins_over_the_border_is_met_in_these_tests() -> None:
     assert tokenize("What? joy")[: len(tokenize("What? "))] != tokenize("What? ")
 
 
-# BUG: TypeError from the tokenizer. Half an emoji (a lone \ud83d) is valid JSON and common in scraped text.
 def test_text_that_no_tokenizer_can_take_is_a_data_error_with_its_place(tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "rows.jsonl", [*tone_rows(4), {"phrase": "cut \ud83d", "tone": "joy"}])
+    file = write_rows(tmp_path / "rows.jsonl", [*tone_rows(4), {"phrase": "half an emoji \ud83d", "tone": "joy"}])
     with pytest.raises(DataError, match=r"rows\.jsonl:5"):
         load(file)
 
@@ -290,7 +288,7 @@ def test_reading_a_large_file_is_reported_as_it_goes(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"phrase": "x", "tone": "joy"}] * 1001)
     events: list[Event] = []
     load_examples(parse_data_config({"path": str(file), **PROMPT}), contract(), events.append)
-    assert events == [Progress("reading data", 500), Progress("reading data", 1000)]
+    assert [e for e in events if isinstance(e, Progress)] == [Progress("reading data", n) for n in (500, 1000)]
 
 
 # --- the split ---
@@ -327,7 +325,9 @@ def test_the_split_covers_all_once_and_parts_no_group(groups: list[bytes], fract
     assert not {groups[i] for i in train} & {groups[i] for i in test}
     assert train, "something is always left to train on"
     assert (train, test) == split_indices(groups, fraction, seed)
-    assert bool(test) == (fraction > 0 and len(set(groups)) > 1)
+    wanted = min(max(round(len(groups) * fraction), 1), len(groups) - 1) if fraction > 0 else 0
+    assert len(test) <= wanted
+    assert bool(test) == (min(Counter(groups).values()) <= wanted)
 
 
 @given(count=st.integers(2, 80), fraction=_FRACTION, seed=st.integers(0, 99))
@@ -370,7 +370,6 @@ def test_examples_come_back_as_they_were_from_a_mapped_file(temporary: Path) -> 
     assert examples.subset([5, 3]).lengths == [3, 3]
 
 
-# BUG: the file goes with the first Examples although views live on: what load_examples returns has no file.
 def test_the_file_stays_as_long_as_a_view_of_it_and_no_longer(temporary: Path, tone_file: Path) -> None:
     train, test, _ = load(tone_file)
     gc.collect()

@@ -67,8 +67,8 @@ def stages(tmp_path_factory: pytest.TempPathFactory, phi3_folder: Path) -> dict[
 
     root = tmp_path_factory.mktemp("stages")
     data = {"path": str(write_rows(root / "tone.jsonl", tone_rows(40))), **PROMPT}
-    training = {"num_train_epochs": 6, "learning_rate": 2e-2, "per_device_train_batch_size": 8}
-    phinetune.finetune(str(phi3_folder), data, training, {"r": 8}, FP32, root / "adapter")
+    training = {"num_train_epochs": 8, "learning_rate": 5e-3, "per_device_train_batch_size": 8}
+    phinetune.finetune(str(phi3_folder), data, training, {"r": 8, "lora_alpha": 8}, FP32, root / "adapter")
     phinetune.merge(str(root / "adapter"), root / "merged")
     for precision in ("fp32", "int4"):
         phinetune.export(str(root / "merged"), root / precision, {"precision": precision})

@@ -136,10 +136,10 @@ def test_reentrant_checkpointing_tf32_and_half_precision_evaluation_are_replaced
     assert len(notes) == 3
 
 
-def test_fp16_becomes_what_the_machine_has() -> None:
-    assert read_training_config({"fp16": True}).wanted_dtype == "float16"  # plan_load replaces it on a CPU
+def test_fp16_becomes_what_the_machine_has_and_says_so(notes: list[str]) -> None:
+    plan = read_training_config({"fp16": True}, lambda e: notes.append(getattr(e, "text", "")))
+    assert "fp16" not in plan.values and plan.wanted_dtype is None and len(notes) == 1
     assert read_training_config({"bf16": True}).wanted_dtype == "bfloat16"
-    assert "fp16" not in read_training_config({"fp16": True}).values
 
 
 @pytest.mark.parametrize(

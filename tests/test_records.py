@@ -124,9 +124,9 @@ def test_windows_line_ends_are_no_part_of_the_rows(tmp_path: Path) -> None:
     [
         ("rows.jsonl", '\n{"a": "1"}\n\n   \n{"a": "2"}\n\n', [2, 5]),
         ("rows.csv", "a,b\n\n1,\n\n\n2,\n\n", [3, 6]),
-        # BUG: a blank line before the first line of a CSV is taken for a first line of 0 columns.
         ("first.csv", "\na,b\n1,\n2,\n", [3, 4]),
     ],
+    ids=["jsonl", "csv", "csv that begins with one"],
 )
 def test_blank_lines_are_passed_over_and_still_counted(name: str, text: str, lines: list[int], tmp_path: Path) -> None:
     file = tmp_path / name
@@ -199,7 +199,6 @@ def test_a_broken_line_is_named_by_file_and_line(line: str, tmp_path: Path) -> N
     assert "one JSON object" in error.hint
 
 
-# BUG: json raises ValueError for an integer of over 4300 digits, and RecursionError for deep nesting; both escape.
 @pytest.mark.parametrize("value", ["9" * 5000, "[" * 100_000], ids=["huge integer", "deep nesting"])
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 def test_json_that_python_cannot_hold_is_a_data_error(name: str, value: str, tmp_path: Path) -> None:
@@ -244,13 +243,11 @@ def test_a_row_with_too_many_values_is_refused_with_its_line(ending: str, mark: 
     assert "quotes" in error.hint
 
 
-# BUG: DictReader.line_num is that of the last good row, so the line named comes too early.
 def test_csv_that_breaks_its_quotes_is_refused_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('a,b\n1,2\n"x"y,3\n4,5\n')
     assert problem(tmp_path / "rows.csv").startswith(f"{tmp_path / 'rows.csv'}:3: not valid CSV: ")
 
 
-# BUG: the second column silently replaces the first.
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text,tone,text\nfirst,joy,second\n")
     assert '"text"' in problem(tmp_path / "rows.csv")
@@ -344,7 +341,6 @@ def test_text_that_is_not_utf8_is_refused_with_the_remedy(ending: str, encoding:
     assert "UTF-8" in error.hint
 
 
-# BUG: the byte is counted from the start of the block being decoded, and the line is not named.
 def test_a_line_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"a": "xxxxxxxxxxx"}\n' * 2000 + b'{"a": "\xff"}\n')
@@ -365,7 +361,7 @@ def test_text_under_the_name_of_parquet_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="everything is readable to root")
-@pytest.mark.parametrize("ending", WRITERS)  # BUG: Parquet is called invalid, PermissionError is an OSError
+@pytest.mark.parametrize("ending", WRITERS)
 def test_a_file_that_may_not_be_read_is_refused_with_the_remedy(ending: str, tmp_path: Path) -> None:
     file = tmp_path / f"rows{ending}"
     WRITERS[ending](file, ROWS)

@@ -57,11 +57,8 @@ def file_hash(*files: Path) -> str:
 
 def folder_bytes(folder: Path) -> int:
     """Size on disk: the sum of the files' sizes, checkpoints left out."""
-    return sum(
-        f.stat().st_size
-        for f in folder.rglob("*")
-        if f.is_file() and not any(p.startswith("checkpoint-") for p in f.parts)
-    )
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    return sum(f.stat().st_size for f in files if not f.relative_to(folder).parts[0].startswith("checkpoint-"))
 
 
 def versions() -> dict[str, str]:
@@ -105,7 +102,6 @@ def check_output(folder: Path, kind: str, key: str, overwrite: bool, needed_byte
     Raises OutputError if `folder` holds anything but an artifact of this kind; holds another run's result or an unfinished run with
     another key and `overwrite` is false; if it cannot be written; or if the disk has less than `needed_bytes` free.
     """
-    partial = partial_folder(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file, not a folder", "choose another output folder")
     if folder.is_dir() and any(folder.iterdir()):
@@ -120,6 +116,15 @@ def check_output(folder: Path, kind: str, key: str, overwrite: bool, needed_byte
                 f"{folder}: holds the result of a run with other settings or data",
                 "choose another output folder, or pass --overwrite",
             )
+    if os.path.ismount(folder):
+        raise OutputError(
+            f"{folder}: is a mount point, which cannot be put in place whole", "choose a folder inside it"
+        )
+    partial = partial_folder(folder)
+    if partial.exists() and not partial.is_dir():
+        raise OutputError(
+            f"{partial}: is in the way: {folder.name} is built there", "move it, or choose another folder"
+        )
     if partial.exists() and _partial_key(partial) is None and any(partial.iterdir()):
         raise OutputError(
             f"{partial}: holds files that phinetune did not write; it is left as it is", "choose another output folder"
@@ -129,7 +134,9 @@ def check_output(folder: Path, kind: str, key: str, overwrite: bool, needed_byte
             f"{partial}: holds an unfinished run with other settings or data",
             "choose another output folder, or pass --overwrite to discard that run",
         )
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    existing = _nearest(folder.absolute().parent)
+    if not existing.is_dir():
+        raise OutputError(f"{existing}: is a file, not a folder", "choose another output folder")
     if not os.access(existing, os.W_OK):
         raise OutputError(f"{existing}: cannot be written", "choose another output folder, or change its permissions")
     free = shutil.disk_usage(existing).free
@@ -146,13 +153,19 @@ def _article(word: str | None) -> str:
 
 def partial_folder(folder: Path) -> Path:
     """Where `folder` is built."""
-    return folder.with_name(folder.name + ".partial")
+    place = folder.resolve()
+    return place.with_name(place.name + ".partial")
+
+
+def _nearest(path: Path) -> Path:
+    """`path`, or the nearest parent of it that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 def _partial_key(partial: Path) -> str | None:
     try:
         return str(json.loads((partial / BUILDING).read_text(encoding="utf-8"))["key"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -161,31 +174,54 @@ def building(folder: Path, kind: str, key: str, record: dict[str, Any], resume: 
     """The folder to build in. On success it gets its manifest and takes `folder`'s place; `record` may be added to until then.
 
     With `resume`, what an earlier attempt with the same key left is kept, and is left again if this attempt fails; without, a failed
-    attempt leaves nothing. Call `check_output` first. A full disk becomes an OutputError.
+    attempt leaves nothing. Call `check_output` first. Raises OutputError for a full disk, and where another process is at the same work.
     """
-    partial = partial_folder(folder)
-    if not (resume and _partial_key(partial) == key):
-        shutil.rmtree(partial, ignore_errors=True)
+    folder, partial = folder.resolve(), partial_folder(folder)
     started = time.time()
-    with disk_errors(folder):
+    with _only_one(folder):
+        if not (resume and _partial_key(partial) == key):
+            shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir(parents=True, exist_ok=True)
-            write_json(partial / BUILDING, {"kind": kind, "key": key})
-            yield partial
-            certificate = {
-                "kind": kind,
-                "key": key,
-                "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "seconds": round(time.time() - started, 2),
-            }
-            write_json(partial / MANIFEST, {**certificate, "versions": versions(), **record})
-            _readable(partial)
-            _replace(partial, folder)
-            (folder / BUILDING).unlink()
-        except BaseException:
+            with disk_errors(folder):
+                partial.mkdir(exist_ok=True)
+                write_json(partial / BUILDING, {"kind": kind, "key": key})
+                yield partial
+                certificate = {
+                    "kind": kind,
+                    "key": key,
+                    "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    "seconds": round(time.time() - started, 2),
+                    "files": [*sorted(p.name for p in partial.iterdir() if p.name != BUILDING), MANIFEST],
+                }
+                write_json(partial / MANIFEST, {**certificate, "versions": versions(), **record})
+                _readable(partial)
+                _replace(partial, folder)
+                (folder / BUILDING).unlink()
+        except BaseException:  # after the disk has been asked whether it is full
             if not resume or (partial.is_dir() and not any(partial.glob("checkpoint-*"))):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Raises OutputError if another process holds `folder`; the lock of a process that died is free."""
+    import filelock
+
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(str(folder.with_name(f".{folder.name}.lock")))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise OutputError(
+            f"{folder}: another process is writing it", "wait for it, or choose another output folder"
+        ) from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _readable(folder: Path) -> None:
@@ -198,13 +234,24 @@ def _readable(folder: Path) -> None:
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    """Put `partial` in `folder`'s place. The old one is set aside first and removed last, so that one of the two is always whole."""
+    """Put `partial` in `folder`'s place. The old one is set aside first and removed last, so that one of the two is always whole.
+
+    Files that somebody else put into the old one move into the new one.
+    """
     if not folder.exists():
         os.rename(partial, folder)
         return
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    ours = {*read_manifest(folder).get("files", []), MANIFEST, BUILDING}
     os.rename(folder, old)
-    os.rename(partial, folder)
+    try:
+        os.rename(partial, folder)
+    except BaseException:
+        os.rename(old, folder)
+        raise
+    for entry in old.iterdir():
+        if entry.name not in ours and not (folder / entry.name).exists():
+            os.rename(entry, folder / entry.name)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -227,9 +274,11 @@ def disk_errors(place: Path) -> Iterator[None]:
         raise
 
 
-def _disk_is_full(error: Exception, place: Path) -> bool:
+def _disk_is_full(error: BaseException, place: Path) -> bool:
     """True for ENOSPC in any of its disguises; torch's writer reports no errno at all, so there the disk itself is asked."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
         return True
-    existing = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
-    return "PytorchStreamWriter failed" in str(error) and shutil.disk_usage(existing).free < 1 << 20
+    if any(words in str(error) for words in ("PytorchStreamWriter", "inline_container", "iostream error")):
+        return shutil.disk_usage(_nearest(place)).free < 1 << 20
+    cause = error.__cause__ or error.__context__
+    return cause is not None and _disk_is_full(cause, place)

@@ -40,7 +40,8 @@ def _problem(cls: type, path: str, error: Any) -> str:
     if error["type"] in ("missing", "missing_argument"):
         return f"{where}: this key is needed"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[0].lower()}{message[1:]} (found: {error['input']!r})"
+    found = "" if isinstance(error["input"], dict) else f" (found: {error['input']!r})"
+    return f"{where}: {message[0].lower()}{message[1:]}{found}"
 
 
 def _fields_at(cls: Any, location: list[str]) -> list[str]:
@@ -56,7 +57,7 @@ def read_config(file: str | Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file. Raises ConfigError with file, line and column for anything else."""
     path = Path(file)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -75,7 +76,16 @@ def read_yaml(text: str, source: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for key in keys:
+                if not isinstance(key, str):
+                    raise ConfigError(
+                        f"{source}: {key!r} is read as {type(key).__name__}, a key must be text", 'put it in "quotes"'
+                    )
+                if keys.count(key) > 1:
+                    raise ConfigError(f"{source}: {key}: this key is given twice")
+            return super().construct_mapping(node, deep)
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -85,7 +95,10 @@ def read_yaml(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{source}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{source}{where}: not valid YAML: {reason}") from None
+    except ValueError as error:  # 2024-13-45 is read as a date that cannot be
+        raise ConfigError(f"{source}: not valid YAML: {error}", 'put text in "quotes"') from None
 
 
 def apply_settings(values: dict[str, Any], settings: typing.Sequence[str]) -> dict[str, Any]:
@@ -104,7 +117,7 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         inner = values.get(parent)
-        if isinstance(inner, str):
+        if isinstance(inner, str) and parent == "data":
             inner = {"path": inner}
         if inner is None:
             inner = {}

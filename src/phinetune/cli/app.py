@@ -271,18 +271,31 @@ def chat(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed for drawing.")] = 0,
     base_model: BaseModel = None,
+    settings: Set = None,
     quiet: Quiet = False,
 ) -> None:
     """Talk to a model: a base model, an adapter, a merged model or an ONNX folder."""
     from phinetune.cli.chat import run_chat
     from phinetune.generation.protocol import Sampling
 
-    run_chat(message, model, system, raw, Sampling(max_new_tokens, temperature, top_p, seed), base_model, quiet)
+    run_chat(
+        message,
+        model,
+        system,
+        raw,
+        Sampling(max_new_tokens, temperature, top_p, seed),
+        base_model,
+        settings or [],
+        quiet,
+    )
 
 
 @app.command()
 def quickstart(
-    output: Annotated[str, typer.Option("--output", "-o", help="Output folder.")] = "phinetune-quickstart",
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="Output folder (default: phinetune-quickstart).", show_default=False),
+    ] = None,
     config: ConfigFile = None,
     settings: Set = None,
     overwrite: Overwrite = None,
@@ -312,10 +325,9 @@ def quickstart(
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return the exit code: 0, 2 for what the user can mend, 130 when interrupted. Bugs propagate (exit code 1)."""
-    import click
-
     from phinetune.errors import PhinetuneError
 
+    usage_error = typer.BadParameter.__mro__[2]  # ClickException, from whichever click this typer brings
     try:
         result: Any = app(args=argv, prog_name="phinetune", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -324,14 +336,16 @@ def main(argv: list[str] | None = None) -> int:
 
         show_error(error)
         return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("\ninterrupted\n")
         return 130
     except BrokenPipeError:
         return 0
+    except Exception as error:
+        if not isinstance(error, usage_error):
+            raise
+        error.show()  # type: ignore[attr-defined]
+        return int(error.exit_code)  # type: ignore[attr-defined]
 
 
 def run() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 
 from phinetune.artifact import read_manifest
-from phinetune.cli.console import out, terminal
-from phinetune.errors import ConfigError
+from phinetune.cli.console import out, show_error, terminal
+from phinetune.config import apply_settings
+from phinetune.errors import ConfigError, PhinetuneError
 from phinetune.events import Note
 from phinetune.generation.load import find, load_generator
 from phinetune.generation.protocol import Sampling
@@ -20,17 +21,22 @@ def run_chat(
     raw: bool,
     sampling: Sampling,
     base_model: str | None,
+    settings: list[str],
     quiet: bool,
 ) -> None:
     """Load `model` and answer until the input ends. Raises ConfigError without a model."""
+    kwargs = apply_settings({}, settings)
+    model_kwargs = kwargs.pop("model_kwargs", None)
+    if kwargs:
+        raise ConfigError([f"{key}: unknown key" for key in kwargs], "chat takes model_kwargs.KEY only")
     if model is None:
         raise ConfigError("model: this key is needed", "give --model")
     with terminal(quiet) as on_event:
-        folder, _ = find(model, on_event)
+        folder, _ = find(model, model_kwargs, on_event)
         trained = read_manifest(folder).get("data") or {}
         template = None if raw else single_field_template(trained.get("prompt"))
         system = system or trained.get("system")
-        generator = load_generator(model, None, None, base_model, on_event)
+        generator = load_generator(model, model_kwargs, None, base_model, on_event)
         if template is not None:
             on_event(
                 Note(f"chat: each message fills the prompt of the training, {template!r} (--raw sends it as it stands)")
@@ -43,7 +49,15 @@ def run_chat(
     else:
         for line in sys.stdin:
             if line.strip():
-                _answer(session, line.strip())
+                _answer_or_say(session, line.strip())
+
+
+def _answer_or_say(session: ChatSession, text: str) -> None:
+    """In a conversation, an answer that cannot be given is said and the conversation goes on."""
+    try:
+        _answer(session, text)
+    except PhinetuneError as error:
+        show_error(error)
 
 
 def _answer(session: ChatSession, text: str) -> None:
@@ -71,4 +85,4 @@ def _converse(session: ChatSession) -> None:
         if text == "/reset":
             session.reset()
         elif text:
-            _answer(session, text)
+            _answer_or_say(session, text)

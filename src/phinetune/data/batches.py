@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from phinetune.data.examples import MASKED
+from phinetune.data.examples import MASKED, first_learned
 
 if TYPE_CHECKING:
     import torch
@@ -30,15 +30,11 @@ Layout = Literal["auto", "padded", "tree"]
 def shared_prefix(rows: Sequence[dict[str, Any]]) -> int:
     """How many leading tokens all rows have in common, short of the token that predicts any row's first learned token."""
     first = rows[0]["input_ids"]
-    limit = min(_first_learned(row["labels"]) - 1 for row in rows)
+    limit = min(first_learned(row["labels"]) - 1 for row in rows)
     length = 0
     while length < limit and all(row["input_ids"][length] == first[length] for row in rows):
         length += 1
     return length
-
-
-def _first_learned(labels: Sequence[int]) -> int:
-    return next((i for i, label in enumerate(labels) if label != MASKED), len(labels))
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import weakref
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from phinetune.artifact import disk_errors
 from phinetune.data.messages import Conversation, DataConfig, Message, read_conversations
 from phinetune.data.records import data_file, read_records
-from phinetune.errors import DataError
-from phinetune.events import OnEvent, Progress, log_event
+from phinetune.errors import DataError, ModelError
+from phinetune.events import Note, OnEvent, Progress, log_event
 
 MASKED = -100
 """Label of a token that is not learned."""
@@ -64,6 +63,7 @@ class Ledger:
     contradictions: int = 0
     split_at_border: int = 0
     last_turn_only: int = 0
+    cut_at_stop_token: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
 
@@ -86,6 +86,10 @@ class Ledger:
             lines.append(
                 f"data: in {self.last_turn_only} conversations only the last answer is learned: the chat template rewrites earlier turns"
             )
+        if self.cut_at_stop_token:
+            lines.append(
+                f"data: {self.cut_at_stop_token} answers hold a stop token of the model in their text and are learned up to it"
+            )
         return lines
 
 
@@ -98,7 +102,7 @@ def encode_conversation(conversation: Conversation, encoder: ChatEncoder) -> tup
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             span = _answer_span(messages, index, text, ids, encoder)
-            if span is None:
+            if span is None or (spans and span[0] < spans[-1][1]):  # an answer that no stop token closes
                 break
             spans.append(span)
     else:
@@ -109,7 +113,7 @@ def encode_conversation(conversation: Conversation, encoder: ChatEncoder) -> tup
         return Example(ids[:end], labels, spans[-1][0], messages[-1]["content"], conversation.place), False, False
     # The tokenizer joined text across a border, or the template is not a prefix of itself: prompt and last answer apart.
     prompt = encoder.render(messages[:-1], add_generation_prompt=True)
-    answer = text[len(prompt) :] if text.startswith(prompt) else messages[-1]["content"]
+    answer = (text[len(prompt) :] if text.startswith(prompt) else "") or messages[-1]["content"]
     prompt_ids, answer_ids = encoder.tokenize(prompt), encoder.tokenize(answer)
     answer_ids = answer_ids[: _stop_end(answer_ids, 0, encoder)]
     if answer_ids[-1] not in encoder.stop_ids:
@@ -144,13 +148,13 @@ def _stop_end(ids: list[int], start: int, encoder: ChatEncoder) -> int:
 
 
 class Examples(Sequence[dict[str, Any]]):
-    """A memory-mapped table of examples; `subset` gives views by index. Items have the fields of `Example`."""
+    """A memory-mapped table of examples; `subset` gives views by index. Items have the fields of `Example`.
 
-    def __init__(self, table: Any, folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
-        self.table = table
-        if folder is not None:
-            weakref.finalize(self, folder.cleanup)
-        self._folder = folder
+    The file goes when the last view of it goes.
+    """
+
+    def __init__(self, table: Any, folder: tempfile.TemporaryDirectory[str]) -> None:
+        self.table, self._folder = table, folder
 
     def __len__(self) -> int:
         return len(self.table)
@@ -159,9 +163,8 @@ class Examples(Sequence[dict[str, Any]]):
         return self.table[index]
 
     def subset(self, indices: Sequence[int]) -> Examples:
-        view = Examples(self.table.select(indices))
-        view._folder = self._folder  # the file lives as long as any view of it
-        return view
+        """The examples at `indices`, in that order."""
+        return Examples(self.table.select(indices), self._folder)
 
     @property
     def lengths(self) -> list[int]:
@@ -185,9 +188,10 @@ def write_examples(examples: Iterable[Example]) -> Examples:
     }
     file = Path(folder.name) / "examples.arrow"
     writer = ArrowWriter(path=str(file), features=Features({**columns, "length": Value("int32")}))
-    for example in examples:
-        writer.write({**asdict(example), "length": len(example.input_ids)})
-    writer.finalize()
+    with disk_errors(file):
+        for example in examples:
+            writer.write({**asdict(example), "length": len(example.input_ids)})
+        writer.finalize()
     return Examples(Dataset.from_file(str(file)), folder)
 
 
@@ -199,67 +203,78 @@ def load_examples(
     Raises DataError for a file that cannot be read, faulty rows, or when nothing is left to learn from.
     """
     ledger = Ledger()
-    answers: dict[bytes, Counter[str]] = {}
     groups: list[bytes] = []
-    limit = config.max_length or encoder.max_length
-
-    def encoded() -> Iterator[Example]:
-        for conversation in read_conversations(read_records(data_file(config.path)), config):
-            ledger.rows += 1
-            if ledger.rows % 500 == 0:
-                on_event(Progress("reading data", ledger.rows))
-            example, split, last_only = encode_conversation(conversation, encoder)
-            ledger.split_at_border += split
-            ledger.last_turn_only += last_only
-            if len(example.input_ids) > limit:
-                ledger.too_long += 1
-                ledger.too_long_places += [example.place] if ledger.too_long <= 5 else []
-                continue
-            prompt = hashlib.sha256(str(example.input_ids[: example.prompt_length]).encode()).digest()[:16]
-            groups.append(prompt)
-            answers.setdefault(prompt, Counter())[example.completion] += 1
-            ledger.tokens += len(example.input_ids)
-            ledger.supervised_tokens += sum(label != MASKED for label in example.labels)
-            yield example
-
-    examples = write_examples(encoded())
+    limit = min(config.max_length or encoder.max_length, encoder.max_length)
+    examples = write_examples(_encode_all(config, encoder, limit, ledger, groups, on_event))
     ledger.used = len(examples)
-    ledger.duplicates = sum(n - 1 for counter in answers.values() for n in counter.values())
-    ledger.contradictions = sum(len(counter) > 1 for counter in answers.values())
     if not ledger.used:
         raise DataError(
             f"{config.path}: all {ledger.rows} rows are longer than max_length ({limit} tokens)",
             "raise data.max_length, or shorten the rows",
         )
-    if not ledger.supervised_tokens:
-        raise DataError(f"{config.path}: no token is learned in any row", "the answers must not be empty")
     train, test = split_indices(groups, config.test_fraction, config.seed)
     ledger.train, ledger.test = len(train), len(test)
-    if not train:
-        raise DataError(f"{config.path}: the split leaves nothing to train on", "lower data.test_fraction")
+    if not test and config.test_fraction > 0:
+        on_event(Note("data: nothing is held out, all rows have the same prompt", warning=True))
     return examples.subset(train), examples.subset(test), ledger
+
+
+def _encode_all(
+    config: DataConfig, encoder: ChatEncoder, limit: int, ledger: Ledger, groups: list[bytes], on_event: OnEvent
+) -> Iterator[Example]:
+    """Every example that is not too long; `ledger` counts, and `groups` gets the key of each one's first prompt."""
+    answers: dict[bytes, set[bytes]] = {}
+    for conversation in read_conversations(read_records(data_file(config.path)), config):
+        ledger.rows += 1
+        if ledger.rows % 500 == 0:
+            on_event(Progress("reading data", ledger.rows))
+        try:
+            example, split, last_only = encode_conversation(conversation, encoder)
+        except ModelError as error:
+            raise DataError(f"{conversation.place}: {error.problems[0]}", error.hint) from None
+        ledger.split_at_border += split
+        ledger.last_turn_only += last_only
+        if len(example.input_ids) > limit:
+            ledger.too_long += 1
+            ledger.too_long_places += [example.place] if ledger.too_long <= 5 else []
+            continue
+        groups.append(_digest(example.input_ids[: first_learned(example.labels)]))
+        prompt, answer = _digest(example.input_ids[: example.prompt_length]), _digest(example.completion)
+        known = answers.setdefault(prompt, set())
+        ledger.duplicates += answer in known
+        ledger.contradictions += answer not in known and len(known) == 1
+        known.add(answer)
+        ledger.tokens += len(example.input_ids)
+        ledger.supervised_tokens += sum(label != MASKED for label in example.labels)
+        content = encoder.tokenize(conversation.messages[-1]["content"])
+        ledger.cut_at_stop_token += any(token in encoder.stop_ids for token in content)
+        yield example
+
+
+def first_learned(labels: Sequence[int]) -> int:
+    """Index of the first label that is not masked, or the length of `labels`."""
+    return next((i for i, label in enumerate(labels) if label != MASKED), len(labels))
+
+
+def _digest(value: object) -> bytes:
+    return hashlib.sha256(str(value).encode()).digest()[:12]
 
 
 def split_indices(groups: Sequence[bytes], test_fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices to train on and to hold out, each in file order. Equal groups (prompts) fall on the same side, so nothing leaks.
 
-    The held-out side is the first `test_fraction` of the examples after shuffling the distinct groups with `seed`; at least one
-    example is held out when the fraction is above zero and there are two groups.
+    Groups are taken in the order of their hash with `seed`, so that more rows in the file hardly move the others. A group that would
+    overshoot the wanted number is passed over. At least one example is held out if `test_fraction` is above zero and a group fits.
     """
-    import random
-
     members: dict[bytes, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
-    order = list(members)
-    random.Random(seed).shuffle(order)
-    wanted = len(groups) * test_fraction
-    if test_fraction > 0 and len(order) > 1:
-        wanted = max(wanted, 1)
+    wanted = round(len(groups) * test_fraction)
+    if test_fraction > 0:
+        wanted = min(max(wanted, 1), len(groups) - 1)
     test: list[int] = []
-    for group in order[:-1]:
-        if len(test) >= round(wanted):
-            break
-        test += members[group]
+    for group in sorted(members, key=lambda g: hashlib.sha256(b"%d:" % seed + g).digest()):
+        if len(test) + len(members[group]) <= wanted:
+            test += members[group]
     chosen = set(test)
     return [i for i in range(len(groups)) if i not in chosen], sorted(test)

@@ -185,18 +185,18 @@ def _pair(row: dict[str, Any], question: str, answer: str) -> list[Message]:
 
 def _messages(row: dict[str, Any], field: str) -> list[Message]:
     turns = row.get(field)
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(
-            f'field "{field}" must be a list of messages, found {type(turns).__name__}'
-            if field in row
-            else _missing(field, row)
-        )
+    if field not in row:
+        raise ValueError(_missing(field, row))
+    if not isinstance(turns, list):
+        raise ValueError(f'field "{field}" must be a list of messages, found {type(turns).__name__}')
+    if not turns:
+        raise ValueError(f'field "{field}" is an empty list')
     messages = []
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise ValueError(f"{field}[{index}] must be an object with role and content, found {type(turn).__name__}")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in _ROLE_NAMES:
+        if not isinstance(role, str) or role not in _ROLE_NAMES:
             raise ValueError(
                 f"{field}[{index}].role must be one of {', '.join(ROLES)}, found {role!r}{did_you_mean(str(role), ROLES)}"
             )
@@ -216,6 +216,8 @@ def _text(row: dict[str, Any], field: str) -> str:
 
 
 def _missing(field: str, row: dict[str, Any]) -> str:
+    if field in row:
+        return f'field "{field}" is null'
     return f'missing field "{field}" (found: {", ".join(row) or "nothing"}){did_you_mean(field, row)}'
 
 
@@ -227,6 +229,10 @@ def _check(messages: list[Message]) -> list[Message]:
         raise ValueError("there is no message of the user")
     if any(m["role"] == "system" for m in messages[1:]):
         raise ValueError("a system message may only come first")
+    try:
+        "".join(m["content"] for m in messages).encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds half a character (a lone surrogate, such as a cut-off emoji)") from None
     if any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
         raise ValueError("the answer is empty")
     return messages

@@ -55,9 +55,7 @@ def read_records(file: Path) -> Iterator[Record]:
             empty = False
             yield record
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}: not UTF-8 text: {error.reason} at byte {error.start}", "save the file as UTF-8"
-        ) from None
+        raise DataError(f"{file}: not UTF-8 text: {error.reason}", "save the file as UTF-8") from None
     except PermissionError:
         raise DataError(f"{file}: cannot be read", "check its permissions") from None
     if empty:
@@ -65,17 +63,20 @@ def read_records(file: Path) -> Iterator[Record]:
 
 
 def _jsonl(file: Path) -> Iterator[Record]:
-    with file.open(encoding="utf-8-sig") as stream:
+    with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
+                place = f"{file}:{number}"
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{place}: not UTF-8 text: {error.reason}", "save the file as UTF-8") from None
                 except json.JSONDecodeError as error:
-                    raise DataError(
-                        f"{file}:{number}: not valid JSON: {error.msg} at column {error.colno}",
-                        "each line must be one JSON object",
-                    ) from None
-                yield _record(row, f"{file}:{number}")
+                    message = f"{place}: not valid JSON: {error.msg} at column {error.colno}"
+                    raise DataError(message, "each line must be one JSON object") from None
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+                    raise DataError(f"{place}: not usable JSON: {str(error).split(';')[0]}") from None
+                yield _record(row, place)
 
 
 def _json(file: Path) -> Iterator[Record]:
@@ -88,6 +89,8 @@ def _json(file: Path) -> Iterator[Record]:
             yield from _jsonl(file)
             return
         raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not usable JSON: {str(error).split(';')[0]}") from None
     if not isinstance(rows, list):
         raise DataError(
             f"{file}: must be a JSON list of objects, found {type(rows).__name__}",
@@ -108,16 +111,25 @@ def _record(row: Any, place: str) -> Record:
 def _csv(file: Path) -> Iterator[Record]:
     csv.field_size_limit(1 << 30)
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+        reader = csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+        columns: list[str] = []
+        line = 1  # where the row begins; a quoted value may go over several lines
         try:
             for row in reader:
-                place = f"{file}:{reader.line_num}"
-                if None in row:
+                place, line = f"{file}:{line}", reader.line_num + 1
+                if not row:
+                    continue
+                if not columns:
+                    columns = row
+                    if twice := next((c for c in columns if columns.count(c) > 1), None):
+                        raise DataError(f'{place}: two columns are called "{twice}"', "rename one of them")
+                    continue
+                if len(row) > len(columns):
                     raise DataError(
-                        f"{place}: more values than the {len(reader.fieldnames or [])} columns of the first line",
+                        f"{place}: more values than the {len(columns)} columns of the first line",
                         'put text with commas in "quotes"',
                     )
-                yield Record({k: v for k, v in row.items() if v is not None}, place)
+                yield Record(dict(zip(columns, row, strict=False)), place)
         except csv.Error as error:
             raise DataError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
 
@@ -133,6 +145,8 @@ def _parquet(file: Path) -> Iterator[Record]:
                 for row in batch.to_pylist():
                     yield Record({k: v for k, v in row.items() if v is not None}, f"{file}[{index}]")
                     index += 1
+    except PermissionError:
+        raise
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{file}: not a valid Parquet file: {str(error).splitlines()[0]}") from None
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from phinetune.artifact import versions, write_json
+from phinetune.artifact import disk_errors, versions, write_json
 from phinetune.evaluation.score import Score
 
 _WRONG_SHOWN = 20
@@ -67,5 +67,6 @@ def results(stages: list[StageResult], **more: Any) -> dict[str, Any]:
 
 def write_results(file: Path, value: dict[str, Any]) -> None:
     """Write `results.json` whole, making its folder if need be."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, value)

@@ -11,18 +11,18 @@ from phinetune.events import Note, OnEvent, log_event
 from phinetune.generation.onnx_backend import load_onnx
 from phinetune.generation.protocol import Generator
 from phinetune.generation.torch_backend import TorchGenerator
-from phinetune.model.contract import PromptContract, load_contract
+from phinetune.model.contract import CONTRACT_FILE, PromptContract, load_contract
 from phinetune.model.embedded import EMBEDDED
 from phinetune.model.folder import Kind, base_key, kind_of, resolve_model
 from phinetune.model.load import load_base_contract, load_model, plan_load
 
 
-def find(name: str, on_event: OnEvent = log_event) -> tuple[Path, Kind]:
+def find(name: str, model_kwargs: dict[str, Any] | None = None, on_event: OnEvent = log_event) -> tuple[Path, Kind]:
     """(folder, kind) of a model given as the output folder of a stage, a base model's folder, a hub id, or an embedded model."""
     folder = Path(name).expanduser()
     if name not in EMBEDDED and folder.is_dir() and kind_of(folder) != "hf":
         return folder, kind_of(folder)
-    return resolve_model(name, on_event), "hf"
+    return resolve_model(name, model_kwargs, on_event), "hf"
 
 
 def load_generator(
@@ -33,7 +33,7 @@ def load_generator(
     on_event: OnEvent = log_event,
 ) -> Generator:
     """The generator for `name` (see `find`). `base_model` replaces the one that an adapter names; it must have the same content."""
-    folder, kind = find(name, on_event)
+    folder, kind = find(name, model_kwargs, on_event)
     if kind == "onnx":
         return load_onnx(folder)
     if kind == "adapter":
@@ -55,10 +55,24 @@ def load_adapted(
     from phinetune.lora.adapter import load_adapter
 
     base = adapter_base(folder, base_model, on_event)
-    contract = load_contract(folder, bool((model_kwargs or {}).get("trust_remote_code", False)))
-    model = load_model(base, plan_load(base, model_kwargs, longest, on_event))
+    kwargs = {**trained_overrides(folder), **(model_kwargs or {})}
+    contract = adapter_contract(folder, base, bool(kwargs.get("trust_remote_code", False)))
+    model = load_model(base, plan_load(base, kwargs, longest, on_event))
     load_adapter(model, folder)
     return model, contract
+
+
+def trained_overrides(folder: Path) -> dict[str, Any]:
+    """Fields of the model's config that the training changed by model_kwargs: the adapter is right with them only."""
+    overrides = read_manifest(folder).get("config_overrides")
+    return dict(overrides) if isinstance(overrides, dict) else {}
+
+
+def adapter_contract(folder: Path, base: Path, trust_remote_code: bool = False) -> PromptContract:
+    """The contract saved with an adapter; for one that phinetune did not write, its base model's."""
+    if (folder / CONTRACT_FILE).is_file():
+        return load_contract(folder, trust_remote_code)
+    return load_base_contract(base, trust_remote_code)
 
 
 def adapter_base(folder: Path, base_model: str | None = None, on_event: OnEvent = log_event) -> Path:
@@ -69,7 +83,7 @@ def adapter_base(folder: Path, base_model: str | None = None, on_event: OnEvent 
     name = base_model or manifest.get("base_model") or read_adapter(folder)[2]
     if not name:
         raise AdapterError(f"{folder}: does not say which base model it belongs to", "name it with --base-model")
-    base = resolve_model(name, on_event)
+    base = resolve_model(name, on_event=on_event)
     expected = manifest.get("base_key")
     if expected is None:
         on_event(

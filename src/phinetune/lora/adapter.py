@@ -81,7 +81,7 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], str]:
         values = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{config_file}: not valid JSON: {error}") from None
-    config = parse_lora_config(values, str(config_file))
+    config = parse_lora_config(values, str(config_file), saved=True)
     try:
         state = load_file(str(weights_file))
     except SafetensorError as error:

@@ -17,7 +17,7 @@ class LoraConfig:
 
     r: int = 16
     """Rank of the factors: lora_A is (r, in), lora_B is (out, r)."""
-    lora_alpha: float = 16
+    lora_alpha: float = 32
     """The low-rank product is multiplied by lora_alpha / r."""
     lora_dropout: float = 0.0
     """Dropout on the input of the low-rank path, 0 to below 1."""
@@ -85,13 +85,26 @@ _DESCRIPTIVE = (
 )
 
 
-def parse_lora_config(values: dict[str, Any] | LoraConfig | None, path: str = "peft_config") -> LoraConfig:
-    """A LoraConfig from PEFT's names. Raises ConfigError for unknown keys, wrong values, and PEFT features that are not supported."""
+def parse_lora_config(
+    values: dict[str, Any] | LoraConfig | None, path: str = "peft_config", saved: bool = False
+) -> LoraConfig:
+    """A LoraConfig from PEFT's names. Raises ConfigError for unknown keys, wrong values, and PEFT features that are not supported.
+
+    With `saved`, the values describe an adapter that exists: how its factors began and what wrapped the model no longer matter.
+    """
     if isinstance(values, LoraConfig):
         return values
     if values is not None and not isinstance(values, dict):
         values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
     kept, problems = {}, []
+    if saved and values:
+        begun = values.get("init_lora_weights") in (True, False, None, "gaussian")
+        passed = {
+            "auto_mapping",
+            *(["init_lora_weights"] if begun else []),
+            *(["task_type"] if not values.get("task_type") else []),
+        }
+        values = {k: v for k, v in values.items() if k not in passed}
     for key, value in (values or {}).items():
         if isinstance(value, set | tuple):
             value = sorted(value)

@@ -6,6 +6,7 @@ No guessing from a processor's name: the same matrix product is timed in float32
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -25,7 +26,7 @@ def default_device() -> torch.device:
     import torch
 
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # one device a process under torchrun
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
@@ -35,8 +36,10 @@ def bfloat16_speedup(device: torch.device) -> float:
     """How many times faster this machine multiplies matrices in bfloat16 than in float32; 0.0 where it cannot. Measured once."""
     import torch
 
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return 0.0
     file = cache_folder() / "machine.json"
-    key = content_key(_machine(), str(device), torch.__version__, torch.get_num_threads())[:16]
+    key = content_key(_machine(), device.type, torch.__version__)[:16]
     try:
         known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -62,6 +62,7 @@ class PromptContract:
                 chat_template=self.chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                enable_thinking=False,  # templates that can open a thinking block leave it empty; the others do not know the name
             )
         except jinja2.TemplateError as error:
             roles = ", ".join(m["role"] for m in messages)
@@ -116,7 +117,8 @@ class PromptContract:
 
 def make_contract(tokenizer: Any, config: Any, generation_config: Any = None) -> PromptContract:
     """The contract of a base model, from its tokenizer, config and generation config. Raises ModelError if no token can end an answer."""
-    template = tokenizer.chat_template or PLAIN_TEMPLATE
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    template = tokenizer.chat_template or ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
     if isinstance(template, dict):
         template = template.get("default") or next(iter(template.values()))
     named = [

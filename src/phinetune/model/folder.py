@@ -11,18 +11,20 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from phinetune.artifact import file_hash
+from phinetune.artifact import BUILDING, MANIFEST, file_hash
 from phinetune.errors import ModelError, did_you_mean
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.model.embedded import EMBEDDED, embedded_folder
 
 Kind = Literal["hf", "adapter", "onnx"]
+HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only")
+"""Keys of `model_kwargs` that say where on the hub a model is fetched from."""
 
 
-def resolve_model(name: str, on_event: OnEvent = log_event) -> Path:
+def resolve_model(name: str, model_kwargs: dict[str, Any] | None = None, on_event: OnEvent = log_event) -> Path:
     """The local, complete folder of a base model given as a folder, an embedded model's name, or a hub id (`owner/name`).
 
-    Raises ModelError if it is not there, not complete, or cannot be fetched.
+    `model_kwargs` may hold a `revision` and a `token` for the hub. Raises ModelError if it is not there, not complete, or cannot be fetched.
     """
     if name in EMBEDDED:
         return embedded_folder(name, on_event)
@@ -32,28 +34,29 @@ def resolve_model(name: str, on_event: OnEvent = log_event) -> Path:
         return folder
     if folder.exists():
         raise ModelError(f"{name}: is a file; a model is a folder with config.json and safetensors files")
-    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.parent.is_dir()
     if not looks_like_hub_id:
         raise ModelError(
             f"{name}: no such model folder{did_you_mean(name, EMBEDDED)}",
             f"give a folder, a hub id (owner/name), or an embedded model: {', '.join(EMBEDDED)}",
         )
-    folder = _from_hub(name, on_event)
+    options = {k: v for k, v in (model_kwargs or {}).items() if k in HUB_KEYS}
+    folder = _from_hub(name, options, on_event)
     check_model_folder(folder)
     return folder
 
 
-def _from_hub(name: str, on_event: OnEvent) -> Path:
+def _from_hub(name: str, options: dict[str, Any], on_event: OnEvent) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
     with contextlib.suppress(Exception):
-        local = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        if any(local.glob("*.safetensors")):
+        local = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True, **options))
+        if weight_files(local)[0] and not weight_files(local)[1]:  # else the download broke off: fetch the rest
             return local
     on_event(Note(f"model: fetching {name} from the Hugging Face hub"))
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=wanted, **options))
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
@@ -141,9 +144,10 @@ def _safetensors_problem(file: Path) -> str | None:
 
 
 def base_key(folder: Path) -> str:
-    """sha256 of a base model's content: config, weights, tokenizer. Adapters carry it, to be loaded on no other base."""
-    files = [f for name in ("config.json", "tokenizer.json", "chat_template.jinja") if (f := folder / name).is_file()]
-    return file_hash(*files, *weight_files(folder)[0])
+    """sha256 of a base model's content: weights, config, tokenizer, template, code. Adapters carry it, to be loaded on no other base."""
+    endings = (".json", ".jinja", ".model", ".txt", ".py")
+    small = [f for f in folder.iterdir() if f.suffix in endings and f.name not in (MANIFEST, BUILDING)]
+    return file_hash(*sorted(small), *weight_files(folder)[0])
 
 
 def stored_dtype(folder: Path) -> Any:

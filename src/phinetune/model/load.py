@@ -18,31 +18,22 @@ from phinetune.errors import ConfigError, ModelError, did_you_mean
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.model.compute import bfloat16_speedup, default_device, default_dtype
 from phinetune.model.contract import PromptContract, load_contract, load_tokenizer, make_contract
-from phinetune.model.folder import stored_dtype
+from phinetune.model.folder import HUB_KEYS, stored_dtype
 
 if TYPE_CHECKING:
     import torch
 
 _QUANTIZED = ("quantization_config", "load_in_4bit", "load_in_8bit")
-_NO_EFFECT = (
-    "use_safetensors",
-    "low_cpu_mem_usage",
-    "cache_dir",
-    "token",
-    "revision",
-    "local_files_only",
-    "subfolder",
-    "variant",
-)
+_NO_EFFECT = ("use_safetensors", "low_cpu_mem_usage", "subfolder", "variant")
 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What `load_model` will do: decided before anything is loaded."""
+    """What `load_model` will do: decided before anything is loaded. `attention` None leaves the choice to the model."""
 
     dtype: torch.dtype
     device: torch.device
-    attention: str
+    attention: str | None = None
     trust_remote_code: bool = False
     config_overrides: dict[str, Any] = field(default_factory=dict)
 
@@ -67,7 +58,7 @@ def plan_load(
         )
     for name in [k for k in kwargs if k in _NO_EFFECT]:
         on_event(Note(f"model_kwargs.{name}: has no effect, the model is read from a local folder of safetensors"))
-    kwargs = {k: v for k, v in kwargs.items() if k not in (*_QUANTIZED, *_NO_EFFECT)}
+    kwargs = {k: v for k, v in kwargs.items() if k not in (*_QUANTIZED, *_NO_EFFECT, *HUB_KEYS)}
     device = _device(kwargs.pop("device_map", None), on_event)
     dtype = _dtype(kwargs.pop("dtype", None), folder, device, on_event)
     attention = _attention(kwargs.pop("attn_implementation", None), device, dtype, longest, on_event)
@@ -139,12 +130,14 @@ def _dtype(asked: Any, folder: Path, device: torch.device, on_event: OnEvent) ->
 _SHORT = 256  # tokens; up to here two batched products and a softmax beat the fused kernel on CPUs (forward + backward, measured)
 
 
-def _attention(asked: Any, device: torch.device, dtype: torch.dtype, longest: int | None, on_event: OnEvent) -> str:
+def _attention(
+    asked: Any, device: torch.device, dtype: torch.dtype, longest: int | None, on_event: OnEvent
+) -> str | None:
     import torch
 
     known = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
     if asked is None:
-        return "eager" if device.type == "cpu" and longest is not None and longest <= _SHORT else "sdpa"
+        return "eager" if device.type == "cpu" and longest is not None and longest <= _SHORT else None
     if asked not in known:
         raise ConfigError(
             f"model_kwargs.attn_implementation: unknown {asked!r}{did_you_mean(str(asked), known)}",
@@ -159,11 +152,11 @@ def _attention(asked: Any, device: torch.device, dtype: torch.dtype, longest: in
         ):
             on_event(
                 Note(
-                    f"model_kwargs.attn_implementation: {asked} is not to be had on this machine, using sdpa",
+                    f"model_kwargs.attn_implementation: {asked} is not to be had on this machine, using the model's own choice",
                     warning=True,
                 )
             )
-            return "sdpa"
+            return None
     return str(asked)
 
 
@@ -195,7 +188,7 @@ def read_model_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever a foreign folder makes transformers raise
         raise _load_error(folder, error) from error
 
 
@@ -216,7 +209,7 @@ def load_model(folder: Path, plan: LoadPlan) -> Any:
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 dtype=plan.dtype,
-                attn_implementation=plan.attention,
+                **({} if plan.attention is None else {"attn_implementation": plan.attention}),
                 trust_remote_code=plan.trust_remote_code,
                 local_files_only=True,
                 use_safetensors=True,
@@ -224,7 +217,7 @@ def load_model(folder: Path, plan: LoadPlan) -> Any:
                 output_loading_info=True,
                 **plan.config_overrides,
             )
-    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever a foreign folder makes transformers raise
         raise _load_error(folder, error) from error
     absent = sorted(info["missing_keys"])
     misfits = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info["mismatched_keys"])
@@ -253,8 +246,11 @@ def load_base_contract(folder: Path, trust_remote_code: bool = False) -> PromptC
 
 def save_model(model: Any, contract: PromptContract, folder: Path) -> None:
     """Write model, config, tokenizer and contract into `folder`; the stop ids go into the generation config."""
-    model.generation_config.eos_token_id = list(contract.stop_ids)
-    model.generation_config.pad_token_id = contract.pad_token_id
+    generation = model.generation_config
+    if not generation.do_sample:  # hub models ship sampling values with do_sample off, which `save_pretrained` refuses
+        generation.temperature = generation.top_p = generation.top_k = generation.min_p = generation.typical_p = None
+    generation.eos_token_id = list(contract.stop_ids)
+    generation.pad_token_id = contract.pad_token_id
     with quiet_transformers():
         model.save_pretrained(str(folder))
     contract.save(folder)

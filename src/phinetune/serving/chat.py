@@ -34,11 +34,15 @@ class ChatSession:
             self.messages.clear()
             text = fill_template(self.template, {template_fields(self.template, "template")[0]: text})
         self.messages.append({"role": "user", "content": text})
-        prompt = self._prompt()
         pieces = []
-        for piece in stream_text(self.generator.contract, self.generator.stream(prompt, self.sampling)):
-            pieces.append(piece)
-            yield piece
+        try:
+            prompt = self._prompt()
+            for piece in stream_text(self.generator.contract, self.generator.stream(prompt, self.sampling)):
+                pieces.append(piece)
+                yield piece
+        except BaseException:  # broken off: a question without an answer must not stay in the conversation
+            del self.messages[-1:]
+            raise
         self.messages.append({"role": "assistant", "content": "".join(pieces).strip()})
 
     def _prompt(self) -> list[int]:
@@ -50,12 +54,11 @@ class ChatSession:
             if len(ids) <= room:
                 return ids
             if len(self.messages) == 1:
-                self.messages.clear()
                 raise ModelError(
                     f"the message has {len(ids)} tokens with its template, the model's context has room for {room}",
                     "send a shorter message",
                 )
-            del self.messages[:2]  # the oldest question with its answer
+            del self.messages[:2]  # the oldest question with its answer; the last question stays
 
 
 def single_field_template(template: str | None) -> str | None:

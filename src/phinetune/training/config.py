@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -51,6 +52,7 @@ _DROPPED = {
     "do_predict": "use phinetune evaluate",
     "remove_unused_columns": "only what the model needs reaches it",
     "label_names": "labels come from the chat template",
+    "save_only_model": "a checkpoint can always be resumed from",
     "disable_tqdm": "progress is drawn by the command line",
 }
 _ELSEWHERE = {
@@ -116,8 +118,14 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
         problems.append(f"training_config.layout: must be auto, padded or tree (found: {own['layout']!r})")
     if problems:
         raise ConfigError(problems)
-    wanted = "bfloat16" if values.pop("bf16", False) else "float16" if values.pop("fp16", False) else None
-    values.pop("fp16", None)
+    wanted = "bfloat16" if values.pop("bf16", False) else None
+    if values.pop("fp16", False):
+        on_event(
+            Note(
+                "training_config.fp16: adapters are trained in float32 on a base in the machine's best type, not in fp16",
+                warning=True,
+            )
+        )
     return TrainingPlan(
         values,
         wanted,
@@ -165,7 +173,7 @@ def fit_to_machine(values: dict[str, Any], device: torch.device, on_event: OnEve
             Note(f"training_config.optim: {optim} is not to be had on this machine, using {replacement}", warning=True)
         )
         values["optim"] = replacement
-    for key in ("tf32", "bf16_full_eval", "fp16_full_eval"):
+    for key in ("bf16_full_eval", "fp16_full_eval", *(["tf32"] if device.type != "cuda" else [])):
         if values.pop(key, False):
             on_event(
                 Note(
@@ -192,6 +200,7 @@ def fit_to_machine(values: dict[str, Any], device: torch.device, on_event: OnEve
 def training_arguments(
     values: dict[str, Any],
     examples: int,
+    held_out: int,
     hidden_size: int,
     device: torch.device,
     folder: Path,
@@ -199,38 +208,12 @@ def training_arguments(
 ) -> TrainingArguments:
     """The Trainer's arguments for a run over `examples` examples that keeps its checkpoints in `folder`.
 
-    What is not given is derived and said. Raises ConfigError for values that TrainingArguments refuses.
+    What is not given is derived and said. Raises ConfigError for values that cannot be, all at once.
     """
-    derived: dict[str, Any] = {}
-    given = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "num_train_epochs": 3, **values}
-    if "per_device_train_batch_size" not in values:
-        derived["per_device_train_batch_size"] = max(1, min(16, examples // 8))
-        given["per_device_train_batch_size"] = derived["per_device_train_batch_size"]
-    try:
-        batch = int(given["per_device_train_batch_size"]) * int(given["gradient_accumulation_steps"])
-        per_epoch = math.ceil(examples / max(batch, 1))
-        steps = int(values.get("max_steps") or -1)
-        steps = steps if steps > 0 else math.ceil(per_epoch * float(given["num_train_epochs"]))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"training_config: {error}") from None
-    if "learning_rate" not in values:
-        # 5e-4 suits a width of 576, 2e-4 one of 3072 (the usual value for Phi-3-mini): between them it falls with the square root.
-        derived["learning_rate"] = float(f"{5e-4 * math.sqrt(576 / max(hidden_size, 576)):.1e}")
-    for key, value in {
-        "num_train_epochs": 3,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, steps // 20),
-        "logging_steps": max(1, steps // 50),
-        "save_steps": max(1, steps // 8),
-        "save_total_limit": 1,
-        "per_device_eval_batch_size": given["per_device_train_batch_size"],
-        "seed": 0,
-    }.items():
-        if key not in values and not (key == "num_train_epochs" and int(values.get("max_steps") or -1) > 0):
-            derived[key] = value
+    _check_ranges(values, held_out)
+    derived, steps = _derive(values, examples, hidden_size)
     shown = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in derived.items())
-    if shown:
-        on_event(Note(f"training: {steps} steps; derived: {shown}"))
+    on_event(Note(f"training: {steps} steps" + (f"; derived: {shown}" if shown else "")))
     from transformers import TrainingArguments
 
     fixed = {
@@ -245,3 +228,67 @@ def training_arguments(
         return TrainingArguments(**{**derived, **values, **fixed})
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training_config: {str(error).splitlines()[0]}") from None
+
+
+_AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+}
+
+
+def _check_ranges(values: dict[str, Any], held_out: int) -> None:
+    """Raises one ConfigError for what TrainingArguments lets through and the Trainer then breaks on."""
+    problems = [
+        f"training_config.{key}: must be at least {least} (found: {values[key]})"
+        for key, least in _AT_LEAST.items()
+        if key in values and values[key] < least
+    ]
+    if values.get("max_steps", -1) <= 0 and values.get("num_train_epochs", 1) <= 0:
+        problems.append(f"training_config.num_train_epochs: must be above 0 (found: {values['num_train_epochs']})")
+    strategy = str(getattr(values.get("eval_strategy"), "value", values.get("eval_strategy") or "no"))
+    if strategy != "no" and not held_out:
+        problems.append("training_config.eval_strategy: nothing is held out to evaluate on; raise data.test_fraction")
+    if values.get("metric_for_best_model", "loss") not in ("loss", "eval_loss"):
+        problems.append(
+            f"training_config.metric_for_best_model: must be loss (found: {values['metric_for_best_model']!r}); other metrics are phinetune evaluate's"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _derive(values: dict[str, Any], examples: int, hidden_size: int) -> tuple[dict[str, Any], int]:
+    """(values for what was not given, number of optimizer steps)."""
+    derived: dict[str, Any] = {}
+    batch = values.get("per_device_train_batch_size")
+    if batch is None:
+        batch = derived["per_device_train_batch_size"] = max(1, min(16, examples // 8))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    per_step = batch * values.get("gradient_accumulation_steps", 1) * processes
+    epochs = values.get("num_train_epochs", 3)
+    steps = values.get("max_steps", -1)
+    if steps <= 0:
+        steps = math.ceil(math.ceil(examples / per_step) * epochs)
+        if "num_train_epochs" not in values:
+            derived["num_train_epochs"] = epochs
+    if "learning_rate" not in values:
+        # 5e-4 suits a width of 576, 2e-4 one of 3072 (the usual value for Phi-3-mini): between them it falls with the square root.
+        derived["learning_rate"] = float(f"{5e-4 * math.sqrt(576 / max(hidden_size, 576)):.1e}")
+    save_steps = max(1, steps // 8)
+    every = values.get("eval_steps")
+    if every and every >= 1 and values.get("load_best_model_at_end"):
+        save_steps = math.ceil(save_steps / every) * int(every)
+    usual = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, steps // 20),
+        "logging_steps": max(1, steps // 50),
+        "save_steps": save_steps,
+        "save_total_limit": 1,
+        "per_device_eval_batch_size": batch,
+        "seed": 0,
+    }
+    return derived | {key: value for key, value in usual.items() if key not in values}, steps

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phinetune.errors import ConfigError
+from phinetune.errors import ConfigError, TrainingError
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.training.trainer import AdapterTrainer, EventCallback, is_whole, last_checkpoint
 
@@ -36,6 +36,7 @@ def fit(
     Raises TrainingError if the run diverges, ConfigError for a checkpoint that
     is not there.
     """
+    import torch
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     if arguments.n_gpu > 1:
@@ -44,23 +45,37 @@ def fit(
             "start with torchrun or accelerate launch, or choose one with CUDA_VISIBLE_DEVICES",
         )
     columns = ["input_ids", "labels", "length"]
-    trainer = AdapterTrainer(
-        model=model,
-        args=arguments,
-        data_collator=collator,
-        train_dataset=train.table.select_columns(columns),
-        eval_dataset=test.table.select_columns(columns) if len(test) else None,
-        callbacks=[EventCallback(on_event)],
-        save_state=save_state,
-        load_state=load_state,
-    )
+    try:
+        trainer = AdapterTrainer(
+            model=model,
+            args=arguments,
+            data_collator=collator,
+            train_dataset=train.table.select_columns(columns),
+            eval_dataset=test.table.select_columns(columns) if len(test) else None,
+            callbacks=[EventCallback(on_event)],
+            save_state=save_state,
+            load_state=load_state,
+        )
+    except (
+        ValueError,
+        ImportError,
+        RuntimeError,
+    ) as error:  # what only the Trainer knows: integrations that are not installed
+        raise ConfigError(f"training_config: {str(error).splitlines()[0]}") from error
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    checkpoint = _checkpoint(Path(str(arguments.output_dir)), resume_from_checkpoint)
+    with arguments.main_process_first(desc="finding the last checkpoint"):
+        checkpoint = _checkpoint(Path(str(arguments.output_dir)), resume_from_checkpoint)
     if checkpoint is not None:
         on_event(Note(f"training: going on from {checkpoint.name}"))
     start = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of memory on {arguments.device}",
+            "lower training_config.per_device_train_batch_size, or set training_config.gradient_checkpointing=true",
+        ) from error
     seconds = time.perf_counter() - start
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     share = (result.global_step - first_step) / max(result.global_step, 1)

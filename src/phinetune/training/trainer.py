@@ -78,6 +78,15 @@ class AdapterTrainer(Trainer):
             )
         super().log(logs, start_time)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:  # a full disk: what was begun would only stand in the way
+            begun = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            if self.args.should_save and not is_whole(begun):
+                shutil.rmtree(begun, ignore_errors=True)
+            raise
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
@@ -120,17 +129,20 @@ def last_checkpoint(folder: Path) -> Path | None:
     for path in folder.glob("checkpoint-*"):
         if is_whole(path):
             found.append((int(path.name.rpartition("-")[2]), path))
-        else:
+        elif not _has_state(path):  # written last, so the writing broke off
             shutil.rmtree(path, ignore_errors=True)
     return max(found)[1] if found else None
 
 
 def is_whole(path: Path) -> bool:
     """True if `path` is a checkpoint with every file that resuming needs."""
-    if not path.name.rpartition("-")[2].isdigit() or not all((path / f).is_file() for f in CHECKPOINT_FILES):
-        return False
+    named = path.name.rpartition("-")[2].isdigit()
+    return named and all((path / f).is_file() for f in CHECKPOINT_FILES) and _has_state(path)
+
+
+def _has_state(path: Path) -> bool:
     try:
         state: dict[str, Any] = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError):
         return False
     return "global_step" in state

@@ -8,7 +8,9 @@ checkpoint and ends with the same adapter; after success it returns what is ther
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from phinetune.model.folder import base_key, resolve_model
 from phinetune.model.load import LoadPlan, load_base_contract, load_model, plan_load, read_model_config
 from phinetune.training.config import TrainingPlan, fit_to_machine, read_training_config, training_arguments
 
-_SECRET = ("token", "use_auth_token")
+_SECRET = ("token", "use_auth_token", "hub_token")
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,12 @@ def finetune(
     """
     asked = _read(data, training_config, peft_config, model_kwargs, output_dir, overwrite, on_event)
     folder, data_path = asked.folder, data_file(asked.data.path)
-    base = resolve_model(model, on_event)
+    base = resolve_model(model, asked.model_kwargs, on_event)
+    name = str(base.resolve()) if Path(model).expanduser().is_dir() else model
     contents = {"base_key": base_key(base), "data_sha256": file_hash(data_path)}
     key = _key(asked, contents)
-    check_output(folder, "adapter", key, asked.overwrite, needed_bytes=64 << 20)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, the first one writes
+        check_output(folder, "adapter", key, asked.overwrite, needed_bytes=64 << 20)
     if is_finished(folder, "adapter", key) and not asked.overwrite:
         on_event(Note(f"unchanged: {folder} holds the result of exactly this run"))
         return FinetuneResult(folder, read_manifest(folder), unchanged=True)
@@ -93,20 +97,43 @@ def finetune(
     load_plan = plan_load(base, asked.model_kwargs, max(train.lengths), on_event)
     width = read_model_config(base, load_plan.trust_remote_code).get_text_config().hidden_size
     values = fit_to_machine(asked.training.values, load_plan.device, on_event)
-    arguments = training_arguments(values, len(train), width, load_plan.device, partial_folder(folder), on_event)
-    collator = Collator(contract.pad_token_id, width, asked.training.layout)
-    record = {"stage": "finetune", "base_model": model, **contents, "ledger": asdict(ledger), **_settings(asked)}
-    with building(folder, "adapter", key, record, resume=True) as partial:
+    arguments = training_arguments(
+        values, len(train), len(test), width, load_plan.device, partial_folder(folder), on_event
+    )
+    record = {"stage": "finetune", "base_model": name, **contents, "ledger": asdict(ledger), **_settings(asked)}
+    record["config_overrides"] = {k: v for k, v in load_plan.config_overrides.items() if k != "use_cache"}
+    with _one_writer(arguments, folder, key, record) as partial:
         from phinetune.training.fit import fit
+        from phinetune.training.layout import choose_layout
 
-        session = _Session(base, model, load_plan, asked.lora, arguments.seed, on_event)
-        resume = asked.training.resume_from_checkpoint
+        session = _Session(base, name, load_plan, asked.lora, arguments.seed, on_event)
+        layout = choose_layout(session.model, asked.training.layout, max(train.lengths), on_event)
+        collator, resume = Collator(contract.pad_token_id, width, layout), asked.training.resume_from_checkpoint
         figures = fit(session.model, train, test, collator, arguments, session.save, session.load, resume, on_event)
-        session.save(partial)
-        contract.save(partial)
+        if arguments.process_index == 0:
+            session.save(partial)
+            contract.save(partial)
         record |= {"figures": figures, **session.facts(), "seed": arguments.seed}
     on_event(Note(f"adapter: written to {folder}"))
     return FinetuneResult(folder, read_manifest(folder))
+
+
+@contextlib.contextmanager
+def _one_writer(arguments: Any, folder: Path, key: str, record: dict[str, Any]) -> Iterator[Path]:
+    """`building` in the first process of the run; the others get the same folder, enter after it and leave when it is done."""
+    from accelerate import PartialState
+
+    arguments.device  # noqa: B018  sets up the process group
+    if arguments.process_index == 0:
+        with building(folder, "adapter", key, record, resume=True) as partial:
+            PartialState().wait_for_everyone()
+            yield partial
+            PartialState().wait_for_everyone()
+    else:
+        PartialState().wait_for_everyone()
+        yield partial_folder(folder)
+        PartialState().wait_for_everyone()
+    PartialState().wait_for_everyone()
 
 
 def _read(
@@ -135,6 +162,8 @@ def _read(
     kwargs = dict(model_kwargs or {})
     if plan.wanted_dtype and not {"dtype", "torch_dtype"} & set(kwargs):
         kwargs["dtype"] = plan.wanted_dtype
+    if plan.values.get("use_cpu"):
+        kwargs.setdefault("device_map", "cpu")
     return _Request(data_config, lora, plan, kwargs, Path(str(chosen)).expanduser(), overwrite or plan.overwrite)
 
 
@@ -150,7 +179,7 @@ def _key(asked: _Request, contents: dict[str, str]) -> str:
 def _settings(asked: _Request) -> dict[str, Any]:
     """The settings for the manifest; secrets stay out."""
     kwargs = {k: str(v) for k, v in asked.model_kwargs.items() if k not in _SECRET}
-    training = {k: v for k, v in asked.training.values.items() if "token" not in k}
+    training = {k: v for k, v in asked.training.values.items() if k not in _SECRET}
     return {
         "data": asdict(asked.data),
         "training_config": training,

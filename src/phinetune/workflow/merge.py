@@ -9,8 +9,11 @@ from typing import Any
 from phinetune.artifact import building, check_output, content_key, file_hash, is_finished, read_manifest
 from phinetune.errors import AdapterError, ModelError
 from phinetune.events import Note, OnEvent, log_event
-from phinetune.generation.load import adapter_base, find
+from phinetune.generation.load import adapter_base, adapter_contract, find, trained_overrides
 from phinetune.model.folder import base_key, stored_dtype, weight_files
+
+INHERITED = ("base_model", "base_key", "data", "data_sha256")
+"""What later stages take over from the adapter's manifest."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,12 @@ def merge(
     base_model: another place of the adapter's base model (same content). Raises AdapterError if the adapter is damaged, belongs to
     another base, or gives values that are not finite.
     """
-    source, kind = find(adapter, on_event)
+    source, kind = find(adapter, on_event=on_event)
     if kind != "adapter":
         raise AdapterError(f"{adapter}: is not an adapter folder", "give the output folder of finetune")
     base = adapter_base(source, base_model, on_event)
     folder = Path(output_dir).expanduser()
-    key = content_key("merge", 1, base_key(base), file_hash(source / "adapter_config.json", _weights(source)))
+    key = content_key("merge", 1, base_key(base), adapter_key(source))
     check_output(folder, "hf", key, overwrite, needed_bytes=sum(f.stat().st_size for f in weight_files(base)[0]))
     if is_finished(folder, "hf", key) and not overwrite:
         on_event(Note(f"unchanged: {folder} holds the result of exactly this merge"))
@@ -48,8 +51,8 @@ def merge(
     trained = read_manifest(source)
     record: dict[str, Any] = {
         "stage": "merge",
-        "adapter": str(source),
-        **{k: trained[k] for k in ("base_model", "base_key", "data") if k in trained},
+        "adapter": str(source.absolute()),
+        **{k: trained[k] for k in INHERITED if k in trained},
     }
     with building(folder, "hf", key, record) as partial:
         record["figures"] = _merge_into(partial, source, base, trust_remote_code, on_event)
@@ -57,11 +60,13 @@ def merge(
     return StageFolder(folder, read_manifest(folder))
 
 
-def _weights(folder: Path) -> Path:
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise AdapterError(f"{file}: no such file", "give the output folder of finetune")
-    return file
+def adapter_key(folder: Path) -> str:
+    """sha256 of an adapter's content. Raises AdapterError if a file is missing."""
+    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    missing = [f"{f}: no such file" for f in files if not f.is_file()]
+    if missing:
+        raise AdapterError(missing, "give the output folder of finetune")
+    return file_hash(*files)
 
 
 def _merge_into(target: Path, source: Path, base: Path, trust_remote_code: bool, on_event: OnEvent) -> dict[str, Any]:
@@ -72,15 +77,12 @@ def _merge_into(target: Path, source: Path, base: Path, trust_remote_code: bool,
     from phinetune.lora.inject import output_head
     from phinetune.lora.layers import lora_layers
     from phinetune.lora.merge import merge as merge_layers
-    from phinetune.model.contract import CONTRACT_FILE, load_contract
-    from phinetune.model.load import LoadPlan, load_base_contract, load_model, save_model
+    from phinetune.model.load import LoadPlan, load_model, save_model
 
-    contract = (
-        load_contract(source, trust_remote_code)
-        if (source / CONTRACT_FILE).is_file()
-        else load_base_contract(base, trust_remote_code)
+    contract = adapter_contract(source, base, trust_remote_code)
+    model = load_model(
+        base, LoadPlan(stored_dtype(base), torch.device("cpu"), None, trust_remote_code, trained_overrides(source))
     )
-    model = load_model(base, LoadPlan(stored_dtype(base), torch.device("cpu"), "sdpa", trust_remote_code))
     probe = torch.tensor([list(contract.probes[0].ids)])
 
     def logits() -> torch.Tensor:

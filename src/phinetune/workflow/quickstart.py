@@ -13,6 +13,7 @@ from phinetune.data.messages import parse_data_config
 from phinetune.evaluation.results import StageResult, results, stage_result, write_results
 from phinetune.evaluation.score import score
 from phinetune.events import Note, OnEvent, log_event
+from phinetune.exporting.build import check_builder
 from phinetune.generation.load import load_generator
 from phinetune.generation.protocol import Generator
 from phinetune.model.folder import resolve_model
@@ -49,7 +50,8 @@ def quickstart(
     """Fine-tune `model` on `data`, evaluate, merge, export to int4 ONNX, evaluate again; write results.json into `output_dir`."""
     started = time.perf_counter()
     root = Path(output_dir).expanduser()
-    base = resolve_model(model, on_event)
+    check_builder()
+    base = resolve_model(model, on_event=on_event)
     stages: list[StageResult] = []
     config = parse_data_config(data)
 
