@@ -17,16 +17,16 @@ test-all: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.test $(VENV)/.check
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/mypy
 
 fix: $(VENV)/.check
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks docs
+	$(BIN)/ruff format src tests benchmarks docs
 
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/stages.py
+	$(BIN)/python benchmarks/train.py
 
 docs: $(VENV)/.test
 	$(BIN)/python docs/generate.py

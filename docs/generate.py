@@ -1,6 +1,6 @@
 """Write docs/cli.md and docs/config.md from the code; with --check, say whether they are current.
 
-    python docs/generate.py [--check]
+python docs/generate.py [--check]
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import io
+import itertools
 import os
 import sys
 import textwrap
@@ -50,7 +51,7 @@ def field_docs(cls: type) -> dict[str, str]:
     """Field -> the string under it in the source."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     docs = {}
-    for field, below in zip(body, body[1:], strict=False):
+    for field, below in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             docs[ast.unparse(field.target)] = str(below.value.value)
     return docs

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PROMPT, tone_rows, write_rows
 
 from phinetune.data.batches import padded_batch, tree_batch
 from phinetune.errors import ConfigError
 from phinetune.training.layout import choose_layout
 from phinetune.training.loss import supervised_loss
+from tiny import PROMPT, tone_rows, write_rows
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,

@@ -163,9 +163,9 @@ def evaluate(
     settings: Set = None,
     quiet: Quiet = False,
 ) -> None:
-    """Score a model on held-out examples: the output of finetune, merge or export, or a base model.
+    """Score any stage's model on held-out examples.
 
-    For a model that phinetune trained, data file, templates and split default to those of its training.
+    --model is the output folder of finetune, merge or export, or a base model. For a model that phinetune trained, data file, templates and split default to those of its training.
     """
     from phinetune.cli.console import out, stage_table, terminal
     from phinetune.cli.options import arguments
@@ -200,7 +200,10 @@ def merge(
     overwrite: Overwrite = None,
     quiet: Quiet = False,
 ) -> None:
-    """Fold an adapter into its base model: a plain model folder, in the base's own dtype."""
+    """Fold an adapter into its base model.
+
+    The result is a plain model folder, each tensor in the dtype that the base has on disk.
+    """
     from phinetune.cli.console import out, terminal
     from phinetune.cli.options import arguments
     from phinetune.workflow.merge import merge as stage
@@ -274,7 +277,11 @@ def chat(
     settings: Set = None,
     quiet: Quiet = False,
 ) -> None:
-    """Talk to a model: a base model, an adapter, a merged model or an ONNX folder."""
+    """Talk to a model of any stage.
+
+    --model is a base model, an adapter, a merged model or an ONNX folder; of --set only model_kwargs.KEY is taken. A model that was
+    trained with a column template of one field gets each message in that template.
+    """
     from phinetune.cli.chat import run_chat
     from phinetune.generation.protocol import Sampling
 
@@ -301,7 +308,11 @@ def quickstart(
     overwrite: Overwrite = None,
     quiet: Quiet = False,
 ) -> None:
-    """The whole way with the embedded model and the bundled data: fine-tune, evaluate, merge, export to int4 ONNX, evaluate again."""
+    """The whole way with the embedded model and bundled data.
+
+    Evaluates the base model, fine-tunes, evaluates, merges, evaluates, exports to int4 ONNX, evaluates again, and answers three phrases
+    that are in no data set. Writes results.json beside the stages' folders.
+    """
     from phinetune.cli.console import out, stage_table, terminal
     from phinetune.cli.options import arguments
     from phinetune.workflow.quickstart import quickstart as stage

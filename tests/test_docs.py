@@ -1,0 +1,68 @@
+"""Docs that run: the generated pages are current, and what README and the docs tell people to type works, here on a tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tiny import tone_rows, write_rows
+
+from phinetune.cli.app import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(file: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", file.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(file: Path) -> list[str]:
+    """Every `phinetune ...` that the console blocks of a page tell people to type, in order."""
+    text = "\n".join(blocks(file, "console")).replace("\\\n", " ")
+    return [line[2:].strip() for line in text.splitlines() if line.startswith("$ phinetune ")]
+
+
+def test_generated_pages_are_current() -> None:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert generate.run(check=True) == 0
+
+
+def test_the_commands_of_the_readme_work(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [c for c in commands(ROOT / "README.md") if "quickstart" not in c]
+    assert [c.split()[1] for c in found][:5] == ["finetune", "evaluate", "merge", "export", "chat"]
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "phrases.jsonl", tone_rows(40))
+    for command in found:
+        args = [str(llama_folder) if word == "smollm2-135m" else word for word in shlex.split(command)[1:]]
+        extra = ["--set", "training_config.num_train_epochs=1"] if args[0] == "finetune" else []
+        extra += ["--max-new-tokens", "4"] if args[0] == "chat" else []
+        assert main([*args, *extra]) == 0, (command, capsys.readouterr().err)
+
+
+def test_the_python_of_the_readme_works(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "phrases.jsonl", tone_rows(40))
+    code = "\n".join(blocks(ROOT / "README.md", "python")).replace('"smollm2-135m"', repr(str(llama_folder)))
+    assert "phinetune.finetune(" in code
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "onnx-int4" / "genai_config.json").is_file()
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda f: f.name)
+def test_links_lead_somewhere(file: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (file.parent / target).exists(), target
+
+
+def test_the_two_commands_are_in_the_first_screen_of_the_readme() -> None:
+    first = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:30])
+    assert "make quickstart" in first and "make test" in first
