@@ -8,9 +8,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tiny import tone_rows, write_rows
 
 from phinetune.cli.app import main
+from tiny import tone_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

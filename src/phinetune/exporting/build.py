@@ -20,17 +20,27 @@ from phinetune.exporting.config import ExportConfig
 _BUILDER = "onnxruntime_genai.models.builder"
 
 
-def builder_options(config: ExportConfig, trust_remote_code: bool = False) -> dict[str, str]:
-    """The builder's `extra_options` (onnxruntime-genai 0.18) for `config`."""
+def builder_options(config: ExportConfig, trust_remote_code: bool = False, prefix: str = "") -> dict[str, str]:
+    """The builder's `extra_options` for `config`; `prefix` is what its version puts before the names of the quantization options."""
     options = {"hf_remote": "true" if trust_remote_code else "false"}
     if config.precision == "int4":
         options |= {
-            "block_size": str(config.block_size),
-            "is_symmetric": "true" if config.symmetric else "false",
-            "accuracy_level": str(config.accuracy_level),
-            "algo_config": config.algorithm,
+            f"{prefix}block_size": str(config.block_size),
+            f"{prefix}is_symmetric": "true" if config.symmetric else "false",
+            f"{prefix}accuracy_level": str(config.accuracy_level),
+            f"{prefix}algo_config": config.algorithm,
         }
     return options
+
+
+def option_prefix() -> str:
+    """`int4_` for builders that still want it (onnxruntime-genai 0.11, the last one for Python 3.10), else nothing.
+
+    A builder passes over names that it does not know, so the installed one is asked by its source.
+    """
+    package = importlib.util.find_spec("onnxruntime_genai")
+    builder = Path(package.origin or "").parent / "models" / "builder.py" if package else Path()
+    return "int4_" if builder.is_file() and '"int4_is_symmetric"' in builder.read_text(encoding="utf-8") else ""
 
 
 def check_builder() -> None:
@@ -48,7 +58,7 @@ def build_onnx(
     `source` is a plain Hugging Face folder; nothing is fetched from anywhere.
     """
     check_builder()
-    options = [f"{key}={value}" for key, value in builder_options(config, trust_remote_code).items()]
+    options = [f"{key}={value}" for key, value in builder_options(config, trust_remote_code, option_prefix()).items()]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
     with tempfile.TemporaryDirectory(prefix="phinetune-build-", dir=target.parent) as scratch:
         command = [

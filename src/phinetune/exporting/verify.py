@@ -22,13 +22,19 @@ GENAI_CONFIG = "genai_config.json"
 
 
 def write_contract(folder: Path, contract: PromptContract) -> None:
-    """Put the prompt contract into an exported folder: tokenizer, template, and the stop and pad ids of `genai_config.json`."""
+    """Put the prompt contract into an exported folder: tokenizer, template, and the stop and pad ids
+    of `genai_config.json`, which is also rid of what no runtime reads."""
     contract.save(folder)
     file = folder / GENAI_CONFIG
     config = json.loads(file.read_text(encoding="utf-8"))
     config["model"]["eos_token_id"] = list(contract.stop_ids)
     config["model"]["pad_token_id"] = contract.pad_token_id
+    config["search"] = {k: v for k, v in config["search"].items() if v is not None}  # older runtimes refuse null
     write_json(file, config)
+    tokenizer_file = folder / "tokenizer_config.json"
+    tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which older runtimes do not know
+        write_json(tokenizer_file, {**tokenizer, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def verify(folder: Path, config: ExportConfig, contract: PromptContract) -> dict[str, Any]:

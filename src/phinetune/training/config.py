@@ -89,7 +89,7 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
     own: dict[str, Any] = {}
     problems: list[str] = []
     for key, value in (config or {}).items():
-        if key in _RENAMED:
+        if key in _RENAMED and _RENAMED[key] in known:  # else the installed transformers still has the older name
             on_event(Note(f"training_config.{key}: is called {_RENAMED[key]} now, read as such"))
             if value is not None:
                 try:
@@ -182,18 +182,18 @@ def fit_to_machine(values: dict[str, Any], device: torch.device, on_event: OnEve
                     else f"training_config.{key}: not on this machine, left out"
                 )
             )
-    kwargs = dict(values.get("activation_checkpointing_kwargs") or {})
-    if kwargs.pop("use_reentrant", False):
-        on_event(
-            Note(
-                "training_config.gradient_checkpointing_kwargs.use_reentrant: true cannot train adapters on a frozen base, using false",
-                warning=True,
+    for name in (
+        "activation_checkpointing",
+        "gradient_checkpointing",
+    ):  # today's name, and that of transformers before 5.21
+        kwargs = dict(values.pop(f"{name}_kwargs", None) or {})
+        if kwargs.pop("use_reentrant", False):
+            message = (
+                f"training_config.{name}_kwargs.use_reentrant: true cannot train adapters on a frozen base, using false"
             )
-        )
-    if values.get("activation_checkpointing"):
-        values["activation_checkpointing_kwargs"] = {**kwargs, "use_reentrant": False}
-    else:
-        values.pop("activation_checkpointing_kwargs", None)
+            on_event(Note(message, warning=True))
+        if values.get(name):
+            values[f"{name}_kwargs"] = {**kwargs, "use_reentrant": False}
     return values
 
 
