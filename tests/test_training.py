@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +186,41 @@ def test_kill_9_and_the_same_command_again(moment: int, llama_folder: Path, tmp_
         assert done.returncode == 0, done.stderr
         assert ("going on from checkpoint-" in done.stderr) == (name == "killed")
     assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("only root on Linux can mount a small disk")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_disk_that_fills_up_in_training_costs_nothing_but_time(
+    small_disk: Path, llama_folder: Path, tone_data: dict[str, Any], tmp_path: Path
+) -> None:
+    config = {**FAST, "save_steps": 2}
+    whole = finetune(str(llama_folder), tone_data, config, output_dir=tmp_path / "whole")
+    filler = small_disk / "filler"
+
+    def fill(event: Event) -> None:
+        if isinstance(event, Progress) and event.stage == "training" and event.done == 5:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
+                while True:
+                    stream.write(b"x" * 4096)
+
+    with pytest.raises(OutputError, match="the disk is full"):
+        finetune(str(llama_folder), tone_data, config, output_dir=small_disk / "out", on_event=fill)
+    assert not (small_disk / "out").exists()
+    assert [p.name for p in (small_disk / "out.partial").glob("checkpoint-*")] == ["checkpoint-4"]
+    filler.unlink()
+    resumed = finetune(str(llama_folder), tone_data, config, output_dir=small_disk / "out")
+    assert resumed.manifest["figures"]["resumed_at_step"] == 4
+    assert adapter_bytes(resumed.folder) == adapter_bytes(whole.folder)
 
 
 def test_resume_from_a_named_checkpoint(llama_folder: Path, tone_data: dict[str, Any], tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ def write_contract(folder: Path, contract: PromptContract) -> None:
     write_json(file, config)
     tokenizer_file = folder / "tokenizer_config.json"
     tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
-    if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which older runtimes do not know
+    if (
+        tokenizer.get("tokenizer_class") == "TokenizersBackend"
+    ):  # transformers 5's name, which older runtimes do not know
         write_json(tokenizer_file, {**tokenizer, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
