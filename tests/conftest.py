@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _OFFLINE = Path(__file__).parent / "offline"
@@ -53,3 +56,24 @@ def tone_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def tone_data(tone_file: Path) -> dict[str, object]:
     return {"path": str(tone_file), **PROMPT}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a disk of a given size, such as "4m"; skips where that is not possible."""
+    disk = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("mount"):
+            pytest.skip("only root on Linux can mount a small disk")
+        disk.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"a small disk cannot be mounted: {done.stderr.strip()}")
+        return disk
+
+    yield mount
+    if os.path.ismount(disk):
+        subprocess.run(["umount", "--lazy", disk], check=True)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -282,17 +282,9 @@ def test_a_disk_with_too_little_room_is_refused_with_both_figures(tmp_path: Path
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(small_disk: Callable[[str], Path]) -> Path:
     """A real disk of 4 MB that goes with the test."""
-    if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("mount"):
-        pytest.skip("only root on Linux can mount a small disk")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small disk cannot be mounted: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
+    return small_disk("4m")
 
 
 def many_files(folder: Path) -> None:
@@ -315,41 +307,41 @@ FILLERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("fill", FILLERS.values(), ids=FILLERS)
-def test_a_full_disk_is_said_and_leaves_what_was_there(fill: Callable[[Path], object], small_disk: Path) -> None:
-    make(small_disk / "out", "old", "old content")
-    check_output(small_disk / "out", "adapter", "new", overwrite=True)
-    with pytest.raises(OutputError) as caught, building(small_disk / "out", "adapter", "new", {}) as partial:
+def test_a_full_disk_is_said_and_leaves_what_was_there(fill: Callable[[Path], object], disk: Path) -> None:
+    make(disk / "out", "old", "old content")
+    check_output(disk / "out", "adapter", "new", overwrite=True)
+    with pytest.raises(OutputError) as caught, building(disk / "out", "adapter", "new", {}) as partial:
         fill(partial)
     assert caught.value.problems[0].endswith(": the disk is full")
-    assert str(small_disk) in caught.value.problems[0]
-    assert names(small_disk) == ["out"]
-    assert (small_disk / "out" / "weights").read_text() == "old content"
-    assert is_finished(small_disk / "out", "adapter", "old")
+    assert str(disk) in caught.value.problems[0]
+    assert names(disk) == ["out"]
+    assert (disk / "out" / "weights").read_text() == "old content"
+    assert is_finished(disk / "out", "adapter", "old")
 
 
-def test_a_full_disk_keeps_the_checkpoints_it_has_room_for(small_disk: Path) -> None:
-    interrupted(small_disk / "out", "k")
-    with pytest.raises(OutputError), building(small_disk / "out", "adapter", "k", {}, resume=True) as partial:
+def test_a_full_disk_keeps_the_checkpoints_it_has_room_for(disk: Path) -> None:
+    interrupted(disk / "out", "k")
+    with pytest.raises(OutputError), building(disk / "out", "adapter", "k", {}, resume=True) as partial:
         FILLERS["write"](partial)
-    assert (small_disk / "out.partial" / "checkpoint-5" / "state").read_text() == "k"
+    assert (disk / "out.partial" / "checkpoint-5" / "state").read_text() == "k"
 
 
-def test_a_disk_that_is_full_before_the_work_begins_is_said(small_disk: Path) -> None:
+def test_a_disk_that_is_full_before_the_work_begins_is_said(disk: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
-        (small_disk / "film").write_bytes(bytes(8 << 20))
+        (disk / "film").write_bytes(bytes(8 << 20))
     with pytest.raises(OutputError, match="the disk is full"):
-        make(small_disk / "out")
-    assert names(small_disk) == ["film"]
+        make(disk / "out")
+    assert names(disk) == ["film"]
 
 
-def test_a_full_temporary_disk_is_said(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+def test_a_full_temporary_disk_is_said(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
     with pytest.raises(OutputError, match="the disk is full"):
         write_examples(Example([1] * 1000, [1] * 1000, 5, "joy", "f") for _ in range(700))
 
 
-def test_a_mount_point_is_refused_before_the_work(small_disk: Path) -> None:
-    assert str(small_disk) in refusal(small_disk).problems[0]
+def test_a_mount_point_is_refused_before_the_work(disk: Path) -> None:
+    assert str(disk) in refusal(disk).problems[0]
 
 
 # --- keys and small files ---

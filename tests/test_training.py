@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,24 +187,13 @@ def test_kill_9_and_the_same_command_again(moment: int, llama_folder: Path, tmp_
     assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("mount"):
-        pytest.skip("only root on Linux can mount a small disk")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("a small disk cannot be mounted")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
-
-
 def test_a_disk_that_fills_up_in_training_costs_nothing_but_time(
-    small_disk: Path, llama_folder: Path, tone_data: dict[str, Any], tmp_path: Path
+    small_disk: Callable[[str], Path], llama_folder: Path, tone_data: dict[str, Any], tmp_path: Path
 ) -> None:
+    disk = small_disk("80m")
     config = {**FAST, "save_steps": 2}
     whole = finetune(str(llama_folder), tone_data, config, output_dir=tmp_path / "whole")
-    filler = small_disk / "filler"
+    filler = disk / "filler"
 
     def fill(event: Event) -> None:
         if isinstance(event, Progress) and event.stage == "training" and event.done == 5:
@@ -214,11 +202,11 @@ def test_a_disk_that_fills_up_in_training_costs_nothing_but_time(
                     stream.write(b"x" * 4096)
 
     with pytest.raises(OutputError, match="the disk is full"):
-        finetune(str(llama_folder), tone_data, config, output_dir=small_disk / "out", on_event=fill)
-    assert not (small_disk / "out").exists()
-    assert [p.name for p in (small_disk / "out.partial").glob("checkpoint-*")] == ["checkpoint-4"]
+        finetune(str(llama_folder), tone_data, config, output_dir=disk / "out", on_event=fill)
+    assert not (disk / "out").exists()
+    assert [p.name for p in (disk / "out.partial").glob("checkpoint-*")] == ["checkpoint-4"]
     filler.unlink()
-    resumed = finetune(str(llama_folder), tone_data, config, output_dir=small_disk / "out")
+    resumed = finetune(str(llama_folder), tone_data, config, output_dir=disk / "out")
     assert resumed.manifest["figures"]["resumed_at_step"] == 4
     assert adapter_bytes(resumed.folder) == adapter_bytes(whole.folder)
 

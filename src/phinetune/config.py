@@ -108,7 +108,8 @@ def apply_settings(values: dict[str, Any], settings: typing.Sequence[str]) -> di
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f'--set {setting}: must be key=value, such as "peft_config.r=8"')
-        put(result, key.strip(), read_yaml(text, f"--set {key.strip()}"))
+        template = key.strip() in ("data.prompt", "data.completion", "data.system")  # where braces are not YAML's
+        put(result, key.strip(), text if template else read_yaml(text, f"--set {key.strip()}"))
     return result
 
 

@@ -5,6 +5,7 @@ Importing this file imports neither torch nor transformers: a command imports it
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -338,6 +339,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return the exit code: 0, 2 for what the user can mend, 130 when interrupted. Bugs propagate (exit code 1)."""
     from phinetune.errors import PhinetuneError
 
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes are about itself; what matters here we say
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     usage_error = typer.BadParameter.__mro__[2]  # ClickException, from whichever click this typer brings
     try:
         result: Any = app(args=argv, prog_name="phinetune", standalone_mode=False)
@@ -348,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
         show_error(error)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("\ninterrupted\n")
+        sys.stderr.write("\ninterrupted; the same command goes on from the last checkpoint, where there is one\n")
         return 130
     except BrokenPipeError:
         return 0

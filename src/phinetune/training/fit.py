@@ -33,8 +33,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train `model` in place and return the run's figures: steps, seconds, tokens per second, losses.
 
-    Raises TrainingError if the run diverges, ConfigError for a checkpoint that
-    is not there.
+    `test` is evaluated at the end, unless it is empty; `arguments.eval_strategy` says whether before, too. Raises TrainingError if the
+    run diverges, ConfigError for a checkpoint that is not there.
     """
     import torch
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -56,11 +56,7 @@ def fit(
             save_state=save_state,
             load_state=load_state,
         )
-    except (
-        ValueError,
-        ImportError,
-        RuntimeError,
-    ) as error:  # what only the Trainer knows: integrations that are not installed
+    except (ValueError, ImportError, RuntimeError) as error:  # such as a logging integration that is not installed
         raise ConfigError(f"training_config: {str(error).splitlines()[0]}") from error
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -100,5 +96,5 @@ def _checkpoint(folder: Path, asked: str | bool | None) -> Path | None:
                 f"training_config.resume_from_checkpoint: {asked} is not a checkpoint of phinetune",
                 "give a folder called checkpoint-N, or leave it out to go on by itself",
             )
-        return path
+        return last_checkpoint(folder) or path  # this run may have got further than the checkpoint it began with
     return None if asked is False else last_checkpoint(folder)

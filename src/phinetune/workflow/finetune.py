@@ -98,7 +98,13 @@ def finetune(
     width = read_model_config(base, load_plan.trust_remote_code).get_text_config().hidden_size
     values = fit_to_machine(asked.training.values, load_plan.device, on_event)
     arguments = training_arguments(
-        values, len(train), len(test), width, load_plan.device, partial_folder(folder), on_event
+        values,
+        len(train),
+        len(test) if values.get("do_eval") is not False else 0,
+        width,
+        load_plan.device,
+        partial_folder(folder),
+        on_event,
     )
     record = {"stage": "finetune", "base_model": name, **contents, "ledger": asdict(ledger), **_settings(asked)}
     record["config_overrides"] = {k: v for k, v in load_plan.config_overrides.items() if k != "use_cache"}
@@ -109,7 +115,8 @@ def finetune(
         session = _Session(base, name, load_plan, asked.lora, arguments.seed, on_event)
         layout = choose_layout(session.model, asked.training.layout, max(train.lengths), on_event)
         collator, resume = Collator(contract.pad_token_id, width, layout), asked.training.resume_from_checkpoint
-        figures = fit(session.model, train, test, collator, arguments, session.save, session.load, resume, on_event)
+        wanted = test if asked.training.values.get("do_eval") is not False else test.subset([])
+        figures = fit(session.model, train, wanted, collator, arguments, session.save, session.load, resume, on_event)
         if arguments.process_index == 0:
             session.save(partial)
             contract.save(partial)
