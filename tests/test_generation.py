@@ -106,6 +106,18 @@ def test_the_contract_is_the_same_in_every_folder(stages: dict[str, Path]) -> No
     assert all(c == contracts[0] for c in contracts)
 
 
+def test_the_export_compared_the_prompts_of_the_training(stages: dict[str, Path]) -> None:
+    from phinetune.artifact import read_manifest
+    from phinetune.model.contract import load_contract
+    from phinetune.workflow.export import training_probes
+
+    manifest, contract = read_manifest(stages["int4"]), load_contract(stages["int4"])
+    assert manifest["verified"]["prompts_compared"] == len(contract.probes) + 40
+    probes = training_probes(manifest, contract)
+    assert len(probes) == 40 and "phrase number 0" in probes[0].text
+    assert training_probes({**manifest, "data_sha256": "of another file"}, contract) == []
+
+
 def test_onnx_streams_what_it_completes_and_stops(stages: dict[str, Path]) -> None:
     onnx = load_generator(str(stages["int4"]))
     prompt = onnx.contract.prompt_ids([{"role": "user", "content": "What is the tone of this phrase? phrase number 3"}])

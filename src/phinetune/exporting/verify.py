@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from phinetune.artifact import write_json
 from phinetune.errors import ExportError
 from phinetune.exporting.config import ExportConfig
 from phinetune.generation.onnx_backend import OnnxGenerator, load_onnx, onnx_runtime
-from phinetune.model.contract import PromptContract
+from phinetune.model.contract import Probe, PromptContract
 
 GENAI_CONFIG = "genai_config.json"
 
@@ -39,10 +40,15 @@ def write_contract(folder: Path, contract: PromptContract) -> None:
         write_json(tokenizer_file, {**tokenizer, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def verify(folder: Path, config: ExportConfig, contract: PromptContract) -> dict[str, Any]:
-    """Check the exported `folder` against what was asked; returns what was found. Raises ExportError with every difference."""
+def verify(
+    folder: Path, config: ExportConfig, contract: PromptContract, prompts: Sequence[Probe] = ()
+) -> dict[str, Any]:
+    """Check the exported `folder` against what was asked; returns what was found. Raises ExportError with every difference.
+
+    `prompts` are compared with ONNX Runtime's token ids as the contract's own probes are.
+    """
     found = read_graph(folder / "model.onnx")
-    problems = graph_problems(found, config) + _contract_problems(folder, contract)
+    problems = graph_problems(found, config) + _contract_problems(folder, contract, prompts)
     if problems:
         raise ExportError(
             [f"{folder.name.removesuffix('.partial')}: {p}" for p in problems],
@@ -50,7 +56,7 @@ def verify(folder: Path, config: ExportConfig, contract: PromptContract) -> dict
         )
     generator = load_onnx(folder)
     _check_runs(generator, folder)
-    return found.as_dict()
+    return {**found.as_dict(), "prompts_compared": len(contract.probes) + len(prompts)}
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ def graph_problems(found: GraphFacts, config: ExportConfig) -> list[str]:
     return problems
 
 
-def _contract_problems(folder: Path, contract: PromptContract) -> list[str]:
+def _contract_problems(folder: Path, contract: PromptContract, prompts: Sequence[Probe]) -> list[str]:
     """Differences between the contract and what the exported folder's own settings and tokenizer do."""
     og = onnx_runtime()
     settings = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]
@@ -141,7 +147,7 @@ def _contract_problems(folder: Path, contract: PromptContract) -> list[str]:
         tokenizer = og.Tokenizer(og.Model(str(folder)))
     except Exception as error:
         return [*problems, f"ONNX Runtime cannot load it: {(str(error).strip() or repr(error)).splitlines()[0]}"]
-    for probe in contract.probes:
+    for probe in (*contract.probes, *prompts):
         ids = tuple(int(i) for i in tokenizer.encode(probe.text))
         if ids != probe.ids:
             at = next(

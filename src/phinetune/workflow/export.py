@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from phinetune.artifact import building, check_output, content_key, is_finished, read_manifest
+from phinetune.artifact import building, check_output, content_key, file_hash, is_finished, read_manifest
 from phinetune.config import parse
-from phinetune.errors import ExportError
+from phinetune.data.messages import parse_data_config, read_conversations
+from phinetune.data.records import data_file, read_records
+from phinetune.errors import DataError, ExportError
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.exporting.build import build_onnx, check_builder
 from phinetune.exporting.config import ExportConfig
 from phinetune.generation.load import adapter_base, find
+from phinetune.model.contract import Probe, PromptContract
 from phinetune.model.folder import base_key, weight_files
 from phinetune.workflow.merge import INHERITED, StageFolder, adapter_key, merge
 
+_TRAINING_PROMPTS = 200  # prompts of the training whose token ids are compared with ONNX Runtime's
 _FP_TOLERANCE = {
     "fp32": 1e-3,
     "fp16": 0.25,
@@ -63,14 +68,19 @@ def export(
     with building(folder, "onnx", key, record) as partial:
         if kind == "adapter":
             source = merge(str(source), partial / "merged", base_model, trust_remote_code, on_event=on_event).folder
-        record["verified"] = _build(source, partial, config, trust_remote_code, on_event)
+        record["verified"] = _build(source, partial, config, made_from, trust_remote_code, on_event)
         shutil.rmtree(partial / "merged", ignore_errors=True)
     on_event(Note(f"ONNX {config.precision}: written to {folder}; options, token ids, stop ids and loading verified"))
     return StageFolder(folder, read_manifest(folder))
 
 
 def _build(
-    source: Path, folder: Path, config: ExportConfig, trust_remote_code: bool, on_event: OnEvent
+    source: Path,
+    folder: Path,
+    config: ExportConfig,
+    made_from: dict[str, Any],
+    trust_remote_code: bool,
+    on_event: OnEvent,
 ) -> dict[str, Any]:
     """Build the plain model `source` into `folder`, put its contract in, verify; returns what was verified."""
     from phinetune.exporting.verify import verify, write_contract
@@ -79,10 +89,27 @@ def _build(
     contract = load_base_contract(source, trust_remote_code)
     build_onnx(source, folder, config, trust_remote_code, on_event)
     write_contract(folder, contract)
-    verified = verify(folder, config, contract)
+    verified = verify(folder, config, contract, training_probes(made_from, contract))
     if config.precision in _FP_TOLERANCE:
         verified["logits_distance"] = _compare(source, folder, config, trust_remote_code, on_event)
     return verified
+
+
+def training_probes(made_from: dict[str, Any], contract: PromptContract) -> list[Probe]:
+    """The first prompts of the training's data file, if it is still there unchanged, with the ids that training saw."""
+    data, sha256 = made_from.get("data"), made_from.get("data_sha256")
+    if not isinstance(data, dict) or not sha256:
+        return []
+    config = parse_data_config(data)
+    try:
+        file = data_file(config.path)
+    except DataError:
+        return []
+    if file_hash(file) != sha256:
+        return []
+    conversations = itertools.islice(read_conversations(read_records(file), config), _TRAINING_PROMPTS)
+    texts = [contract.render(c.messages[:-1], add_generation_prompt=True) for c in conversations]
+    return [Probe(text, tuple(contract.tokenize(text))) for text in texts]
 
 
 def _compare(source: Path, folder: Path, config: ExportConfig, trust_remote_code: bool, on_event: OnEvent) -> float:
