@@ -64,7 +64,11 @@ def test_the_terminal_shows_table_and_answers(quickstart: tuple[Path, dict[str, 
 def test_the_shipped_model_chats(quickstart: tuple[Path, dict[str, Any], str]) -> None:
     root, _, _ = quickstart
     done = phinetune(
-        "chat", "--model", "phinetune-quickstart/onnx-int4", "Dancing barefoot in the kitchen with my kids makes every Sunday golden.", cwd=root
+        "chat",
+        "--model",
+        "phinetune-quickstart/onnx-int4",
+        "Dancing barefoot in the kitchen with my kids makes every Sunday golden.",
+        cwd=root,
     )
     assert done.stdout.strip() == "joy"
 

@@ -152,11 +152,11 @@ def _attention(
         ):
             on_event(
                 Note(
-                    f"model_kwargs.attn_implementation: {asked} is not to be had on this machine, using the model's own choice",
+                    f"model_kwargs.attn_implementation: {asked} is not to be had on this machine, using the best it has",
                     warning=True,
                 )
             )
-            return None
+            return _attention(None, device, dtype, longest, on_event)
     return str(asked)
 
 
