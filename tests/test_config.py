@@ -277,8 +277,13 @@ def test_a_setting_without_key_or_value_is_refused(setting: str) -> None:
 @pytest.mark.parametrize("value", ["[1", "b: c: d", "@x", "{a"])
 def test_a_setting_with_a_broken_value_is_refused_by_its_key(value: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        apply_settings({}, [f"data.prompt={value}"])
-    assert problems(caught.value)[0].startswith("--set data.prompt:1:")
+        apply_settings({}, [f"data.path={value}"])
+    assert problems(caught.value)[0].startswith("--set data.path:1:")
+
+
+@pytest.mark.parametrize("value", ["{tone}", "[1", "Tone: {tone}"])
+def test_a_template_is_taken_as_it_stands(value: str) -> None:
+    assert apply_settings({}, [f"data.completion={value}"]) == {"data": {"completion": value}}
 
 
 # --- from the command line to a stage function ---
