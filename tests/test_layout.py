@@ -72,7 +72,7 @@ def test_where_the_tree_is_chosen_its_loss_is_the_padded_one(name: str) -> None:
     assert choose_layout(model, "auto", 19) == "auto"
     head = model.get_output_embeddings()
     losses = [
-        float(supervised_loss(model, head, batch, torch.float32))
+        float(supervised_loss(model, head, batch, torch.float32).detach())
         for batch in (padded_batch(rows(), 0), tree_batch(rows()))
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -19,6 +19,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,15 @@ from phinetune.errors import OutputError
 MANIFEST = "manifest.json"
 BUILDING = "building.json"
 _LIBRARIES = ("phinetune", "torch", "transformers", "safetensors", "onnxruntime", "onnxruntime-genai")
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """What a stage left, and its manifest; `unchanged` if it was there already."""
+
+    folder: Path
+    manifest: dict[str, Any] = field(default_factory=dict)
+    unchanged: bool = False
 
 
 def cache_folder() -> Path:

@@ -116,7 +116,7 @@ def finetune(
     --set training_config.KEY=VALUE takes the names of transformers.TrainingArguments, peft_config.KEY those of PEFT's LoraConfig,
     model_kwargs.KEY those of from_pretrained, data.KEY: path, prompt, completion, system, test_fraction, seed, max_length (tokens).
     """
-    from phinetune.cli.console import out, terminal
+    from phinetune.cli.console import Terminal, out
     from phinetune.cli.options import arguments
     from phinetune.workflow.finetune import finetune as stage
 
@@ -128,7 +128,7 @@ def finetune(
         "data.test_fraction": test_fraction,
         "data.seed": seed,
     }
-    with terminal(quiet) as on_event:
+    with Terminal(quiet) as on_event:
         result = stage(
             **arguments(stage, config, settings or [], {**options, "output_dir": output, "overwrite": overwrite}),
             on_event=on_event,
@@ -168,7 +168,7 @@ def evaluate(
 
     --model is the output folder of finetune, merge or export, or a base model. For a model that phinetune trained, data file, templates and split default to those of its training.
     """
-    from phinetune.cli.console import out, stage_table, terminal
+    from phinetune.cli.console import Terminal, out, stage_table
     from phinetune.cli.options import arguments
     from phinetune.workflow.evaluate import evaluate as stage
 
@@ -181,7 +181,7 @@ def evaluate(
         "output": output,
     }
     options |= {"max_new_tokens": max_new_tokens, "base_model": base_model}  # type: ignore[dict-item]
-    with terminal(quiet) as on_event:
+    with Terminal(quiet) as on_event:
         result = stage(**arguments(stage, config, settings or [], options), on_event=on_event)
     console = out()
     console.print(stage_table([result]))
@@ -205,12 +205,12 @@ def merge(
 
     The result is a plain model folder, each tensor in the dtype that the base has on disk.
     """
-    from phinetune.cli.console import out, terminal
+    from phinetune.cli.console import Terminal, out
     from phinetune.cli.options import arguments
     from phinetune.workflow.merge import merge as stage
 
     options = {"adapter": adapter, "output_dir": output, "base_model": base_model, "overwrite": overwrite}
-    with terminal(quiet) as on_event:
+    with Terminal(quiet) as on_event:
         result = stage(**arguments(stage, config, settings or [], options), on_event=on_event)
     out().print(str(result.folder), markup=False)
 
@@ -233,7 +233,7 @@ def export(
     --set export_config.KEY=VALUE: block_size (weights per scale, default 32), symmetric (true), accuracy_level (0 to 4, default 4),
     algorithm (default, rtn, k_quant, k_quant_mixed), execution_provider (cpu, cuda, dml, webgpu).
     """
-    from phinetune.cli.console import out, terminal
+    from phinetune.cli.console import Terminal, out
     from phinetune.cli.options import arguments
     from phinetune.workflow.export import export as stage
 
@@ -244,7 +244,7 @@ def export(
         "base_model": base_model,
         "overwrite": overwrite,
     }
-    with terminal(quiet) as on_event:
+    with Terminal(quiet) as on_event:
         result = stage(**arguments(stage, config, settings or [], options), on_event=on_event)
     out().print(str(result.folder), markup=False)
 
@@ -314,11 +314,11 @@ def quickstart(
     Evaluates the base model, fine-tunes, evaluates, merges, evaluates, exports to int4 ONNX, evaluates again, and answers three phrases
     that are in no data set. Writes results.json beside the stages' folders.
     """
-    from phinetune.cli.console import out, stage_table, terminal
+    from phinetune.cli.console import Terminal, out, stage_table
     from phinetune.cli.options import arguments
     from phinetune.workflow.quickstart import quickstart as stage
 
-    with terminal(quiet) as on_event:
+    with Terminal(quiet) as on_event:
         result = stage(
             **arguments(stage, config, settings or [], {"output_dir": output, "overwrite": overwrite}),
             on_event=on_event,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from phinetune.artifact import read_manifest
-from phinetune.cli.console import out, show_error, terminal
+from phinetune.cli.console import Terminal, out, show_error
 from phinetune.config import apply_settings
 from phinetune.errors import ConfigError, PhinetuneError
 from phinetune.events import Note
@@ -31,7 +31,7 @@ def run_chat(
         raise ConfigError([f"{key}: unknown key" for key in kwargs], "chat takes model_kwargs.KEY only")
     if model is None:
         raise ConfigError("model: this key is needed", "give --model")
-    with terminal(quiet) as on_event:
+    with Terminal(quiet) as on_event:
         folder, _ = find(model, model_kwargs, on_event)
         trained = read_manifest(folder).get("data") or {}
         template = None if raw else single_field_template(trained.get("prompt"))

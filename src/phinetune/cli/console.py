@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -89,13 +87,6 @@ class Terminal:
     def __exit__(self, *exc: Any) -> None:
         if self.live:
             self.bars.stop()
-
-
-@contextmanager
-def terminal(quiet: bool = False) -> Iterator[Terminal]:
-    """A Terminal for the length of one command."""
-    with Terminal(quiet) as drawn:
-        yield drawn
 
 
 def show_error(error: PhinetuneError) -> None:

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phinetune.data.examples import MASKED
 from phinetune.errors import TrainingError
-
-MASKED = -100
 
 
 def learned_positions(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from phinetune.artifact import building, check_output, content_key, file_hash, is_finished, read_manifest
+from phinetune.artifact import StageFolder, building, check_output, content_key, file_hash, is_finished, read_manifest
 from phinetune.config import parse
 from phinetune.data.messages import parse_data_config, read_conversations
 from phinetune.data.records import data_file, read_records
@@ -19,7 +19,7 @@ from phinetune.exporting.config import ExportConfig
 from phinetune.generation.load import adapter_base, find
 from phinetune.model.contract import Probe, PromptContract
 from phinetune.model.folder import base_key, weight_files
-from phinetune.workflow.merge import INHERITED, StageFolder, adapter_key, merge
+from phinetune.workflow.merge import INHERITED, adapter_key, merge
 
 _TRAINING_PROMPTS = 200  # prompts of the training whose token ids are compared with ONNX Runtime's
 _FP_TOLERANCE = {

@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from phinetune.artifact import (
+    StageFolder,
     building,
     check_output,
     content_key,
@@ -39,15 +40,6 @@ _SECRET = ("token", "use_auth_token", "hub_token")
 
 
 @dataclass(frozen=True)
-class FinetuneResult:
-    """Where the adapter is, and the figures of the run."""
-
-    folder: Path
-    manifest: dict[str, Any] = field(default_factory=dict)
-    unchanged: bool = False
-
-
-@dataclass(frozen=True)
 class _Request:
     """What was asked for, read and checked."""
 
@@ -68,7 +60,7 @@ def finetune(
     output_dir: str | Path | None = None,
     overwrite: bool = False,
     on_event: OnEvent = log_event,
-) -> FinetuneResult:
+) -> StageFolder:
     """Train a LoRA adapter for `model` on `data`, in `output_dir`.
 
     model: a folder, a hub id, or an embedded model's name. data: a file, a bundled set's name, or the fields of `DataConfig`.
@@ -87,7 +79,7 @@ def finetune(
         check_output(folder, "adapter", key, asked.overwrite, needed_bytes=64 << 20)
     if is_finished(folder, "adapter", key) and not asked.overwrite:
         on_event(Note(f"unchanged: {folder} holds the result of exactly this run"))
-        return FinetuneResult(folder, read_manifest(folder), unchanged=True)
+        return StageFolder(folder, read_manifest(folder), unchanged=True)
 
     plan_load(base, asked.model_kwargs, on_event=lambda event: None)  # its problems come before the data's long reading
     contract = load_base_contract(base, bool(asked.model_kwargs.get("trust_remote_code", False)))
@@ -122,7 +114,7 @@ def finetune(
             contract.save(partial)
         record |= {"figures": figures, **session.facts(), "seed": arguments.seed}
     on_event(Note(f"adapter: written to {folder}"))
-    return FinetuneResult(folder, read_manifest(folder))
+    return StageFolder(folder, read_manifest(folder))
 
 
 @contextlib.contextmanager

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phinetune.artifact import building, check_output, content_key, file_hash, is_finished, read_manifest
+from phinetune.artifact import StageFolder, building, check_output, content_key, file_hash, is_finished, read_manifest
 from phinetune.errors import AdapterError, ModelError
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.generation.load import adapter_base, adapter_contract, find, trained_overrides
@@ -14,15 +13,6 @@ from phinetune.model.folder import base_key, stored_dtype, weight_files
 
 INHERITED = ("base_model", "base_key", "data", "data_sha256")
 """What later stages take over from the adapter's manifest."""
-
-
-@dataclass(frozen=True)
-class StageFolder:
-    """What a stage left, and its manifest; `unchanged` if it was there already."""
-
-    folder: Path
-    manifest: dict[str, Any] = field(default_factory=dict)
-    unchanged: bool = False
 
 
 def merge(
