@@ -15,7 +15,7 @@ from phinetune.errors import MissingPackageError, ModelError
 from phinetune.model.contract import CONTRACT_FILE, PLAIN_TEMPLATE, load_contract, make_contract
 from phinetune.model.embedded import embedded_folder
 from phinetune.model.folder import base_key, kind_of, resolve_model, stored_dtype
-from phinetune.model.load import LoadPlan, load_base_contract, load_model, save_model
+from phinetune.model.load import LoadPlan, load_base_contract, load_model, save_generation_config
 from tiny import PHI_TEMPLATE, tiny_folder, tiny_model, tiny_tokenizer
 
 CPU = LoadPlan(torch.float32, torch.device("cpu"), "eager")
@@ -34,7 +34,9 @@ def test_loading_gives_the_models_own_logits(model_folder: Path) -> None:
 
 def test_saved_and_loaded_again_is_the_same_model_and_contract(model_folder: Path, tmp_path: Path) -> None:
     model, contract = load_model(model_folder, CPU), load_base_contract(model_folder)
-    save_model(model, contract, tmp_path)
+    model.save_pretrained(str(tmp_path))
+    contract.save(tmp_path)
+    save_generation_config(model_folder, contract, tmp_path)
     ids = torch.tensor([list(contract.probes[0].ids)])
     assert torch.equal(load_model(resolve_model(str(tmp_path)), CPU)(ids).logits, model(ids).logits)
     assert load_contract(tmp_path).as_dict() == contract.as_dict()

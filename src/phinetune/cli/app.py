@@ -196,6 +196,13 @@ def merge(
     ] = None,
     output: Output = None,
     base_model: BaseModel = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="For an adapter trained on a 4-bit base: original, dequantized or auto, the one that gives the logits of the training (default: auto).",
+            show_default=False,
+        ),
+    ] = None,
     config: ConfigFile = None,
     settings: Set = None,
     overwrite: Overwrite = None,
@@ -203,13 +210,14 @@ def merge(
 ) -> None:
     """Fold an adapter into its base model.
 
-    The result is a plain model folder, each tensor in the dtype that the base has on disk.
+    The result is a plain model folder, each tensor in the dtype that the base has on disk. It is written file by file and needs memory
+    for one tensor only; a merge that was killed goes on where it was.
     """
     from phinetune.cli.console import Terminal, out
     from phinetune.cli.options import arguments
     from phinetune.workflow.merge import merge as stage
 
-    options = {"adapter": adapter, "output_dir": output, "base_model": base_model, "overwrite": overwrite}
+    options = {"adapter": adapter, "output_dir": output, "base_model": base_model, "base": base, "overwrite": overwrite}
     with Terminal(quiet) as on_event:
         result = stage(**arguments(stage, config, settings or [], options), on_event=on_event)
     out().print(str(result.folder), markup=False)

@@ -55,7 +55,7 @@ def load_adapted(
     from phinetune.lora.adapter import load_adapter
 
     base = adapter_base(folder, base_model, on_event)
-    kwargs = {**trained_overrides(folder), **(model_kwargs or {})}
+    kwargs = {**trained_overrides(folder), **_trained_quantization(folder), **(model_kwargs or {})}
     contract = adapter_contract(folder, base, bool(kwargs.get("trust_remote_code", False)))
     model = load_model(base, plan_load(base, kwargs, longest, on_event))
     load_adapter(model, folder)
@@ -66,6 +66,15 @@ def trained_overrides(folder: Path) -> dict[str, Any]:
     """Fields of the model's config that the training changed by model_kwargs: the adapter is right with them only."""
     overrides = read_manifest(folder).get("config_overrides")
     return dict(overrides) if isinstance(overrides, dict) else {}
+
+
+def _trained_quantization(folder: Path) -> dict[str, Any]:
+    """`model_kwargs` for the 4-bit base that an adapter was trained on: it is right over that one."""
+    trained = read_manifest(folder).get("quantization")
+    if not isinstance(trained, dict):
+        return {}
+    options = {"bnb_4bit_quant_type": trained["quant_type"], "bnb_4bit_use_double_quant": trained["double_quant"]}
+    return {"quantization_config": {"load_in_4bit": True, **options}}
 
 
 def adapter_contract(folder: Path, base: Path, trust_remote_code: bool = False) -> PromptContract:
@@ -80,7 +89,7 @@ def adapter_base(folder: Path, base_model: str | None = None, on_event: OnEvent 
     from phinetune.lora.adapter import read_adapter
 
     manifest = read_manifest(folder)
-    name = base_model or manifest.get("base_model") or read_adapter(folder)[2]
+    name = base_model or manifest.get("base_model") or read_adapter(folder).base_model
     if not name:
         raise AdapterError(f"{folder}: does not say which base model it belongs to", "name it with --base-model")
     base = resolve_model(name, on_event=on_event)

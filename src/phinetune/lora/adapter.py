@@ -1,14 +1,16 @@
 """Adapter files in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, written for PEFT and read strictly.
 
-Every missing, unexpected or misshaped tensor is named in one error; nothing is loaded unless all fits. Not here: the base model.
+Every missing, unexpected or misshaped tensor is named in one error; nothing is loaded unless all fits. The weights' file carries the
+content hash of the base model, so that an adapter is not put on another base of the same shape. Not here: what the tensors mean
+(`peft_format.py`), the base model.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,58 +18,58 @@ from torch import Tensor, nn
 from phinetune.artifact import write_json
 from phinetune.errors import AdapterError
 from phinetune.lora.config import LoraConfig, parse_lora_config
-from phinetune.lora.inject import inject
-from phinetune.lora.layers import lora_layers
+from phinetune.lora.injection import Adapter, adapter_of, build_adapter
+from phinetune.lora.peft_format import PREFIX, adapter_state, expected_shapes, fill, misfits, peft_config
+from phinetune.lora.targets import find_targets
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # where PEFT wraps the model
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """PEFT's name -> factor, for every LoRA layer: `base_model.model.<layer>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r)."""
-    state = {}
-    for name, layer in lora_layers(model).items():
-        state[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
-        state[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
-    return state
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter as read from its folder."""
+
+    config: LoraConfig
+    state: dict[str, Tensor]
+    base_model: str
+    """Name or path of the base model, as written by whoever saved it; may be empty."""
+    base_key: str | None
+    """Content hash of the base model; None in files that phinetune did not write."""
 
 
-def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base_model: str) -> None:
-    """Write the factors of `model` into `folder`, float32, in a fixed order: equal factors give equal bytes."""
+def save_adapter(
+    adapter: Adapter | nn.Module,
+    folder: str | Path,
+    base_model: str = "",
+    base_key: str | None = None,
+    split: bool = False,
+) -> None:
+    """Write an adapter, or the one in a model with LoRA layers, into `folder` for PEFT: equal factors give equal bytes.
+
+    Factors are written in float32. `split` writes fused layers as one adapter for each slice (q_proj, k_proj, v_proj), for runtimes
+    that have them apart. Raises AdapterError for a layer without a form in PEFT's format.
+    """
     from safetensors.torch import save_file
 
+    adapter = adapter if isinstance(adapter, Adapter) else adapter_of(adapter)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     state = {
-        name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in sorted(adapter_state(model).items())
+        name: (tensor.float() if "lora_" in name else tensor).cpu().contiguous().clone()
+        for name, tensor in sorted(adapter_state(adapter, split).items())
     }
-    write_json(folder / CONFIG_FILE, peft_config(model, config, base_model))
-    save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    write_json(folder / CONFIG_FILE, peft_config(adapter, base_model, split))
+    temporary = folder / f".{WEIGHTS_FILE}"
+    save_file(state, str(temporary), metadata={"format": "pt", **({"base_key": base_key} if base_key else {})})
+    temporary.replace(folder / WEIGHTS_FILE)
 
 
-def peft_config(model: nn.Module, config: LoraConfig, base_model: str) -> dict[str, Any]:
-    """`adapter_config.json` as PEFT reads it. The layers are named in full, so that the file means the same on every version of PEFT."""
-    values = {**asdict(config), "target_modules": list(lora_layers(model)), "exclude_modules": None}
-    lora_alpha = int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha
-    fixed = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_dora": False,
-        "lora_bias": False,
-    }
-    return {**fixed, **values, "lora_alpha": lora_alpha}
+def read_adapter(folder: str | Path) -> SavedAdapter:
+    """The adapter in `folder`. Raises AdapterError if a file is missing or damaged, ConfigError for what is not supported."""
+    from safetensors import SafetensorError, safe_open
 
-
-def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], str]:
-    """(config, tensors, base model's name) of an adapter folder. Raises AdapterError if a file is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    folder = Path(folder)
     config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     missing = [f"{f}: no such file" for f in (config_file, weights_file) if not f.is_file()]
     if missing:
@@ -83,57 +85,67 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], str]:
         raise AdapterError(f"{config_file}: not valid JSON: {error}") from None
     config = parse_lora_config(values, str(config_file), saved=True)
     try:
-        state = load_file(str(weights_file))
+        with safe_open(str(weights_file), framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+            metadata = file.metadata() or {}
     except SafetensorError as error:
         raise AdapterError(f"{weights_file}: cut off or damaged: {error}", "copy the adapter again") from None
-    return config, state, str(values.get("base_model_name_or_path") or "")
+    return SavedAdapter(config, state, str(values.get("base_model_name_or_path") or ""), metadata.get("base_key"))
 
 
-def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
-    """Put the adapter in `folder` into `model` (plain, on any device). Raises AdapterError, with `model` unchanged, if it does not fit."""
-    config, state, _ = read_adapter(folder)
-    check_state(model, config, state, folder)
-    inject(model, config)
-    load_adapter_state(model, state, folder)
-    return config
+def load_adapter(model: nn.Module, folder: str | Path, base_key: str | None = None) -> Adapter:
+    """Put the adapter in `folder` into `model` (plain or 4-bit, on any device) and return it.
+
+    `base_key`, the content hash of the model's files, is compared with the one that the adapter carries. Raises one AdapterError with
+    every missing, unexpected or misshaped tensor, and `model` unchanged, if the adapter does not fit.
+    """
+    adapter = make_adapter(model, read_adapter(folder), Path(folder), base_key)
+    model.requires_grad_(False)
+    adapter.put(model)
+    return adapter
 
 
-def check_state(model: nn.Module, config: LoraConfig, state: dict[str, Tensor], folder: Path) -> None:
-    """Raises AdapterError for layers that `model` lacks, shapes that do not fit it, and values that are not finite."""
-    problems = []
-    for name, tensor in state.items():
-        path, _, factor = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        try:
-            layer = model.get_submodule(path)
-        except AttributeError:
-            problems.append(f"{name}: the base model has no layer {path}")
-            continue
-        if factor not in ("lora_A", "lora_B") or not isinstance(layer, nn.Linear):
-            problems.append(f"{name}: not a factor of a linear layer")
-            continue
-        wanted = (config.r, layer.in_features) if factor == "lora_A" else (layer.out_features, config.r)
-        if tuple(tensor.shape) != wanted:
-            problems.append(f"{name}: has shape {tuple(tensor.shape)}, the base model needs {wanted}")
-        elif not torch.isfinite(tensor).all():
-            problems.append(f"{name}: holds values that are not finite")
+def make_adapter(model: nn.Module, saved: SavedAdapter, folder: Path, base_key: str | None = None) -> Adapter:
+    """`saved` as an adapter for `model`, checked against it, not yet put in. Raises AdapterError as `load_adapter`."""
+    config = saved.config
+    if str(config.init_lora_weights).startswith("pissa_niter"):
+        raise AdapterError(
+            f"{folder}: was saved beside a base model changed at random ({config.init_lora_weights}), which cannot be made again",
+            "save it with PEFT's path_initial_model_for_weight_conversion",
+        )
+    targets = find_targets(model, config, saved=True)
+    adapter = build_adapter(model, config, targets)
+    state, problems = _without_copies(model, adapter, saved.state)
+    problems += misfits(expected_shapes(model, adapter, targets), state)
+    if base_key is not None and saved.base_key is not None and base_key != saved.base_key:
+        problems.insert(0, f"{folder}: was trained on another base model (their contents differ)")
     if problems:
-        rest = [f"... and {len(problems) - 5} more"] if len(problems) > 5 else []
-        raise AdapterError(problems[:5] + rest, f"the adapter in {folder} is damaged, or belongs to another base model")
+        raise AdapterError(problems, f"the adapter in {folder} is damaged, or belongs to another base model")
+    fill(adapter, state)
+    adapter.config = dataclasses.replace(config, init_lora_weights=True)
+    return adapter
 
 
-def load_adapter_state(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    """Copy `state` into the LoRA layers of `model`. Raises AdapterError unless names and shapes are exactly the model's."""
-    own = adapter_state(model)
-    problems = [f"{n}: is missing in the file" for n in own if n not in state] + [
-        f"{n}: the model has no such factor" for n in state if n not in own
-    ]
-    problems += [
-        f"{n}: has shape {tuple(state[n].shape)}, the model's is {tuple(own[n].shape)}"
-        for n in own
-        if n in state and state[n].shape != own[n].shape
-    ]
-    if problems:
-        rest = [f"... and {len(problems) - 5} more"] if len(problems) > 5 else []
-        raise AdapterError(problems[:5] + rest, f"the adapter in {folder} does not fit")
-    for name, tensor in own.items():
-        tensor.copy_(state[name])
+def _without_copies(
+    model: nn.Module, adapter: Adapter, state: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """`state` without the copies of base embeddings that PEFT saves with adapted ones, and a line for each that is not a copy."""
+    problems: list[str] = []
+    kept = dict(state)
+    for name, layer in adapter.layers.items():
+        key = f"{PREFIX}{name}.base_layer.weight"
+        if isinstance(layer, nn.Embedding) and key in kept:
+            copied, own = kept.pop(key), layer.weight
+            if copied.shape != own.shape or not torch.equal(copied.to(own), own):
+                problems.append(
+                    f"{key}: is not the base model's embedding; it was resized or trained beside the adapter"
+                )
+    return kept, problems
+
+
+def load_adapter_state(adapter: Adapter, state: dict[str, Tensor], folder: Path) -> None:
+    """Copy a saved state back into an adapter of the same make. Raises AdapterError unless names and shapes are exactly its own."""
+    own = {name: tuple(tensor.shape) for name, tensor in adapter_state(adapter).items()}
+    if problems := misfits(own, state):
+        raise AdapterError(problems, f"the adapter in {folder} does not fit")
+    fill(adapter, state)

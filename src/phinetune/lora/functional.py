@@ -4,21 +4,34 @@
 
 (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, equation 3.)
 
+Where W is several projections in one (a fused `qkv_proj`), each adapted slice of its rows has factors of its own. A then holds the
+slices' factors below one another, (slices · r, in), and B likewise, (rows of all adapted slices, r); `spans` says which rows of W they
+are. One span over all rows is the ordinary layer.
+
 Plain autograd keeps x twice (once for W, once for A), knows nothing of W being frozen until it has walked the graph, and with
 float32 factors on a bfloat16 base it also keeps a float32 copy of x. `LoraLinearFunction` saves x once, in its own dtype, plus the
-(N, r) product x Aᵀ, and never forms a gradient for W. With g = dL/dy, flattened to (N, out):
+(N, r) product x Aᵀ, and forms a gradient for W or b only where one is asked for. With g = dL/dy, flattened to (N, out):
 
     dB = s · gᵀ (x̃ Aᵀ)        dA = s · (g B)ᵀ x̃        dx = g W + s · m ⊙ ((g B) A)        x̃ = m ⊙ x
 
 where m is the dropout mask already divided by 1 - p (all ones without dropout). The factors are cast to x's dtype for the products
-and their gradients come back in the factors' own dtype. Not here: parameters, module names, where layers sit in a model.
+and their gradients come back in the factors' own dtype. A quantized W is made dense for each product and never kept.
+
+Not here: parameters, module names, where layers sit in a model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from phinetune.lora.frozen import dense, is_quantized
+
+Spans = tuple[tuple[int, int], ...]
+"""(first row, row after the last) of W for each adapted slice, in order and without overlap."""
 
 
 def lora_linear_reference(
@@ -29,11 +42,16 @@ def lora_linear_reference(
     lora_B: Tensor,
     scaling: float,
     mask: Tensor | None = None,
+    spans: Spans | None = None,
 ) -> Tensor:
     """The definition, in plain torch: what `lora_linear` must equal. Shapes as there."""
     dropped = x if mask is None else x * mask
-    low_rank = F.linear(F.linear(dropped, lora_A.to(x.dtype)), lora_B.to(x.dtype))
-    return F.linear(x, weight, bias) + scaling * low_rank
+    y = F.linear(x, dense(weight, x.dtype), bias)
+    rows = y.shape[-1]
+    delta = torch.zeros(rows, x.shape[-1], dtype=lora_A.dtype, device=x.device)
+    for (start, stop), low, high in _slices(spans or ((0, rows),), lora_B.shape[1]):
+        delta = delta.index_add(0, torch.arange(start, stop, device=x.device), lora_B[high] @ lora_A[low])
+    return y + scaling * F.linear(dropped, delta.to(x.dtype))
 
 
 def lora_linear(
@@ -44,48 +62,82 @@ def lora_linear(
     lora_B: Tensor,
     scaling: float,
     mask: Tensor | None = None,
+    spans: Spans | None = None,
 ) -> Tensor:
-    """x (..., in) -> (..., out), with gradients for x, lora_A and lora_B only.
+    """x (..., in) -> (..., out), with gradients for whichever of x, weight, bias, lora_A and lora_B ask for one.
 
-    weight (out, in) and bias (out) are treated as constants. mask, if given, has x's shape and dtype and is the dropout mask
-    divided by 1 - p. Neither shape nor dtype of x is changed.
+    weight (out, in), or a 4-bit weight of bitsandbytes; bias (out); lora_A (slices · r, in); lora_B (adapted rows, r). mask, if given,
+    has x's shape and dtype and is the dropout mask divided by 1 - p. Neither shape nor dtype of x is changed; under autocast everything
+    is computed in autocast's dtype, as `torch.nn.functional.linear` does.
     """
-    result: Tensor = LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, scaling, mask)  # type: ignore[no-untyped-call]
+    spans = spans or ((0, lora_B.shape[0]),)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, mask = x.to(dtype), None if mask is None else mask.to(dtype)
+        weight = weight if is_quantized(weight) else weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(kind, enabled=False):
+            return _apply(x, weight, bias, lora_A, lora_B, scaling, mask, spans)
+    return _apply(x, weight, bias, lora_A, lora_B, scaling, mask, spans)
+
+
+def _apply(*args: object) -> Tensor:
+    result: Tensor = LoraLinearFunction.apply(*args)  # type: ignore[no-untyped-call]
     return result
 
 
+def _slices(spans: Spans, r: int) -> Iterator[tuple[tuple[int, int], slice, slice]]:
+    """Per slice: its rows in W and y, its rows in A (and columns of x Aᵀ), its rows in B."""
+    high = 0
+    for i, (start, stop) in enumerate(spans):
+        yield (start, stop), slice(i * r, (i + 1) * r), slice(high, high + stop - start)
+        high += stop - start
+
+
 class LoraLinearFunction(torch.autograd.Function):
-    """See the module's head for the derivation; `gradcheck` in the tests keeps it true."""
+    """See the module's head for the derivation; `gradcheck` and `gradgradcheck` in the tests keep it true."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, mask):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, mask, spans):  # type: ignore[no-untyped-def]
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        down = F.linear(flat if mask is None else flat * mask.reshape(flat.shape), A)  # (N, r)
-        y = F.linear(flat, weight, bias)  # (N, out)
-        y.addmm_(down, B.t(), alpha=scaling)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, down, mask)
-        ctx.scaling = scaling
-        return y.view(*x.shape[:-1], weight.shape[0])
+        down = F.linear(flat if mask is None else flat * mask.reshape(flat.shape), A)  # (N, slices · r)
+        y = F.linear(flat, dense(weight, x.dtype), bias)  # (N, out)
+        for (start, stop), low, high in _slices(spans, B.shape[1]):
+            y[:, start:stop].addmm_(down[:, low], B[high].t(), alpha=scaling)
+        ctx.quantized = weight if is_quantized(weight) else None  # its dense form is made again when it is needed
+        ctx.save_for_backward(x, None if ctx.quantized is not None else weight, lora_A, lora_B, down, mask)
+        ctx.scaling, ctx.spans = scaling, spans
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
         x, weight, lora_A, lora_B, down, mask = ctx.saved_tensors
+        weight = ctx.quantized if weight is None else weight
         flat, g = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])  # (N, in), (N, out)
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         flat_mask = None if mask is None else mask.reshape(flat.shape)
-        up = g @ B  # (N, r)
-        grad_x = grad_A = grad_B = None
+        dropped = flat if flat_mask is None else flat * flat_mask
+        if torch.is_grad_enabled():  # a second derivative is wanted: x Aᵀ must depend on x and A again
+            down = F.linear(dropped, A)
+        slices = list(_slices(ctx.spans, B.shape[1]))
+        up = torch.cat([g[:, start:stop] @ B[high] for (start, stop), _, high in slices], dim=1)  # (N, slices · r)
+        grad_x = grad_W = grad_b = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
-            grad_flat = g @ weight
+            grad_flat = g @ dense(weight, g.dtype)
             if flat_mask is None:
-                grad_flat.addmm_(up, A, alpha=ctx.scaling)
+                grad_flat = grad_flat.addmm_(up, A, alpha=ctx.scaling)
             else:
-                grad_flat.addcmul_(flat_mask, up @ A, value=ctx.scaling)
+                grad_flat = grad_flat.addcmul_(flat_mask, up @ A, value=ctx.scaling)
             grad_x = grad_flat.view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_W = g.t() @ flat
+        if ctx.needs_input_grad[2]:
+            grad_b = g.sum(0)
         if ctx.needs_input_grad[3]:
-            dropped = flat if flat_mask is None else flat * flat_mask
             grad_A = (up.t() @ dropped).to(lora_A.dtype).mul_(ctx.scaling)
         if ctx.needs_input_grad[4]:
-            grad_B = (g.t() @ down).to(lora_B.dtype).mul_(ctx.scaling)
-        return grad_x, None, None, grad_A, grad_B, None, None
+            parts = [g[:, start:stop].t() @ down[:, low] for (start, stop), low, _ in slices]
+            grad_B = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(lora_B.dtype).mul_(ctx.scaling)
+        return grad_x, grad_W, grad_b, grad_A, grad_B, None, None, None

@@ -57,6 +57,15 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bfloat16_speedup(device) >= _BF16_PAYS_FROM else torch.float32
 
 
+def available_memory() -> int | None:
+    """Bytes of memory that programs can still take on this machine; None where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
 def _machine() -> str:
     """The processor's own name, for telling machines apart that share a home folder."""
     cpuinfo = Path("/proc/cpuinfo")

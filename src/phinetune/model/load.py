@@ -1,6 +1,6 @@
 """Load a base model for this machine: dtype, attention and device from what was asked and what there is, each replacement said once.
 
-`model_kwargs` are those of `from_pretrained`, under old and new names. Not here: adapters, quantized bases, where the folder comes from.
+`model_kwargs` are those of `from_pretrained`, under old and new names. Not here: adapters, the 4-bit format, where the folder comes from.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from phinetune.events import Note, OnEvent, log_event
 from phinetune.model.compute import bfloat16_speedup, default_device, default_dtype
 from phinetune.model.contract import PromptContract, load_contract, load_tokenizer, make_contract
 from phinetune.model.folder import HUB_KEYS, stored_dtype
+from phinetune.model.quantized import Quantization, from_pretrained_options, quiet_bitsandbytes, read_quantization
 
 if TYPE_CHECKING:
     import torch
 
-_QUANTIZED = ("quantization_config", "load_in_4bit", "load_in_8bit")
 _NO_EFFECT = ("use_safetensors", "low_cpu_mem_usage", "subfolder", "variant")
 
 
@@ -36,6 +36,7 @@ class LoadPlan:
     attention: str | None = None
     trust_remote_code: bool = False
     config_overrides: dict[str, Any] = field(default_factory=dict)
+    quantization: Quantization | None = None
 
 
 def plan_load(
@@ -51,19 +52,20 @@ def plan_load(
     trust = kwargs.pop("trust_remote_code", False)
     if not isinstance(trust, bool):
         raise ConfigError(f"model_kwargs.trust_remote_code: must be true or false (found: {trust!r})")
-    if asked := [name for name in _QUANTIZED if kwargs.get(name)]:
-        raise ConfigError(
-            f"model_kwargs.{asked[0]}: loading a quantized base is not supported yet",
-            "leave it out: the base is loaded in bfloat16 or float32",
-        )
+    quantization = read_quantization(kwargs)
     for name in [k for k in kwargs if k in _NO_EFFECT]:
         on_event(Note(f"model_kwargs.{name}: has no effect, the model is read from a local folder of safetensors"))
-    kwargs = {k: v for k, v in kwargs.items() if k not in (*_QUANTIZED, *_NO_EFFECT, *HUB_KEYS)}
+    kwargs = {k: v for k, v in kwargs.items() if k not in (*_NO_EFFECT, *HUB_KEYS)}
     device = _device(kwargs.pop("device_map", None), on_event)
     dtype = _dtype(kwargs.pop("dtype", None), folder, device, on_event)
     attention = _attention(kwargs.pop("attn_implementation", None), device, dtype, longest, on_event)
     overrides = _config_overrides(kwargs, folder, trust)
-    return LoadPlan(dtype, device, attention, trust, overrides)
+    if quantization is not None:
+        double = ", double quantization" if quantization.double_quant else ""
+        on_event(
+            Note(f"model: linear layers in 4 bits ({quantization.quant_type}{double}), products in {str(dtype)[6:]}")
+        )
+    return LoadPlan(dtype, device, attention, trust, overrides, quantization)
 
 
 def _device(asked: Any, on_event: OnEvent) -> torch.device:
@@ -204,12 +206,15 @@ def load_model(folder: Path, plan: LoadPlan) -> Any:
     """The causal language model in `folder`, by `plan`, in eval mode, on its device. Raises ModelError if weights are missing or misfit."""
     from transformers import AutoModelForCausalLM
 
+    options: dict[str, Any] = {} if plan.attention is None else {"attn_implementation": plan.attention}
+    if plan.quantization is not None:
+        options |= from_pretrained_options(plan.quantization, plan.dtype, plan.device)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), quiet_bitsandbytes():
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 dtype=plan.dtype,
-                **({} if plan.attention is None else {"attn_implementation": plan.attention}),
+                **options,
                 trust_remote_code=plan.trust_remote_code,
                 local_files_only=True,
                 use_safetensors=True,
@@ -228,7 +233,7 @@ def load_model(folder: Path, plan: LoadPlan) -> Any:
     ]
     if problems:
         raise ModelError(problems, "the weights do not belong to this config.json; copy or download the model again")
-    return model.to(plan.device).eval()
+    return (model if plan.quantization is not None else model.to(plan.device)).eval()
 
 
 def load_base_contract(folder: Path, trust_remote_code: bool = False) -> PromptContract:
@@ -244,16 +249,41 @@ def load_base_contract(folder: Path, trust_remote_code: bool = False) -> PromptC
     return make_contract(load_tokenizer(folder, trust_remote_code), config, generation_config)
 
 
-def save_model(model: Any, contract: PromptContract, folder: Path) -> None:
-    """Write model, config, tokenizer and contract into `folder`; the stop ids go into the generation config."""
-    generation = model.generation_config
+def tied_embeddings(folder: Path, trust_remote_code: bool = False) -> dict[str, str]:
+    """Output embedding's tensor name -> the input embedding's, where the model in `folder` has one tensor for both; else empty."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = read_model_config(folder, trust_remote_code)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a foreign folder makes transformers raise
+        raise _load_error(folder, error) from error
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not config.get_text_config().tie_word_embeddings:
+        return {}
+    names = {id(module): name for name, module in model.named_modules()}
+    return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
+
+
+def save_generation_config(base: Path, contract: PromptContract, folder: Path, trust_remote_code: bool = False) -> None:
+    """Write the base model's generation config into `folder`, with the contract's stop and padding ids."""
+    from transformers import GenerationConfig
+
+    if (base / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(str(base), local_files_only=True)
+    else:
+        generation = GenerationConfig.from_model_config(read_model_config(base, trust_remote_code))
+    _set_stop_ids(generation, contract)
+    generation.save_pretrained(str(folder))
+
+
+def _set_stop_ids(generation: Any, contract: PromptContract) -> None:
     if not generation.do_sample:  # hub models ship sampling values with do_sample off, which `save_pretrained` refuses
         generation.temperature = generation.top_p = generation.top_k = generation.min_p = generation.typical_p = None
     generation.eos_token_id = list(contract.stop_ids)
     generation.pad_token_id = contract.pad_token_id
-    with quiet_transformers():
-        model.save_pretrained(str(folder))
-    contract.save(folder)
 
 
 @contextlib.contextmanager

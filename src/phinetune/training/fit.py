@@ -29,6 +29,7 @@ def fit(
     save_state: Callable[[Path], None],
     load_state: Callable[[Path], None],
     resume_from_checkpoint: str | bool | None = None,
+    parameter_groups: Callable[[Any, float, float], list[dict[str, Any]]] | None = None,
     on_event: OnEvent = log_event,
 ) -> dict[str, Any]:
     """Train `model` in place and return the run's figures: steps, seconds, tokens per second, losses.
@@ -55,6 +56,7 @@ def fit(
             callbacks=[EventCallback(on_event)],
             save_state=save_state,
             load_state=load_state,
+            parameter_groups=parameter_groups,
         )
     except (ValueError, ImportError, RuntimeError) as error:  # such as a logging integration that is not installed
         raise ConfigError(f"training_config: {str(error).splitlines()[0]}") from error

@@ -24,14 +24,20 @@ CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt",
 
 
 class AdapterTrainer(Trainer):
-    """See the module's head. `save_state(folder)` and `load_state(folder)` write and read what is trained."""
+    """See the module's head. `save_state(folder)` and `load_state(folder)` write and read what is trained;
+    `parameter_groups(model, learning_rate, weight_decay)` replaces the Trainer's own groups."""
 
     loss_is_scaled_for_ga = True  # the loss is divided by the learned tokens of the whole step
 
     def __init__(
-        self, *, save_state: Callable[[Path], None], load_state: Callable[[Path], None], **kwargs: Any
+        self,
+        *,
+        save_state: Callable[[Path], None],
+        load_state: Callable[[Path], None],
+        parameter_groups: Callable[[Any, float, float], list[dict[str, Any]]] | None = None,
+        **kwargs: Any,
     ) -> None:
-        self._save_state, self._load_state = save_state, load_state
+        self._save_state, self._load_state, self._parameter_groups = save_state, load_state, parameter_groups
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the learned tokens of each step
         self._head = self.model.get_output_embeddings()
@@ -44,6 +50,14 @@ class AdapterTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP will average over processes; the count is already global
         return (loss, {}) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None and self._parameter_groups is not None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            rate = options.pop("lr", self.args.learning_rate)
+            groups = self._parameter_groups(self.model, rate, self.args.weight_decay)
+            self.optimizer = kind(groups, lr=rate, **options)
+        return super().create_optimizer()
 
     @torch.no_grad()
     def evaluate(

@@ -67,7 +67,9 @@ def export(
     record |= {k: made_from[k] for k in INHERITED if k in made_from}
     with building(folder, "onnx", key, record) as partial:
         if kind == "adapter":
-            source = merge(str(source), partial / "merged", base_model, trust_remote_code, on_event=on_event).folder
+            source = merge(
+                str(source), partial / "merged", base_model, trust_remote_code=trust_remote_code, on_event=on_event
+            ).folder
         record["verified"] = _build(source, partial, config, made_from, trust_remote_code, on_event)
         shutil.rmtree(partial / "merged", ignore_errors=True)
     on_event(Note(f"ONNX {config.precision}: written to {folder}; options, token ids, stop ids and loading verified"))

@@ -32,6 +32,7 @@ from phinetune.data.records import data_file
 from phinetune.errors import ConfigError, TrainingError
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.lora.config import LoraConfig, parse_lora_config
+from phinetune.model.contract import PromptContract
 from phinetune.model.folder import base_key, resolve_model
 from phinetune.model.load import LoadPlan, load_base_contract, load_model, plan_load, read_model_config
 from phinetune.training.config import TrainingPlan, fit_to_machine, read_training_config, training_arguments
@@ -104,15 +105,18 @@ def finetune(
         from phinetune.training.fit import fit
         from phinetune.training.layout import choose_layout
 
-        session = _Session(base, name, load_plan, asked.lora, arguments.seed, on_event)
+        session = _Session(base, name, contents["base_key"], load_plan, asked.lora, arguments.seed, on_event)
         layout = choose_layout(session.model, asked.training.layout, max(train.lengths), on_event)
         collator, resume = Collator(contract.pad_token_id, width, layout), asked.training.resume_from_checkpoint
         wanted = test if asked.training.values.get("do_eval") is not False else test.subset([])
-        figures = fit(session.model, train, wanted, collator, arguments, session.save, session.load, resume, on_event)
+        groups = session.parameter_groups if asked.lora.loraplus_lr_ratio else None
+        figures = fit(
+            session.model, train, wanted, collator, arguments, session.save, session.load, resume, groups, on_event
+        )
         if arguments.process_index == 0:
             session.save(partial)
             contract.save(partial)
-        record |= {"figures": figures, **session.facts(), "seed": arguments.seed}
+        record |= {"figures": figures, **session.facts(contract), "seed": arguments.seed}
     on_event(Note(f"adapter: written to {folder}"))
     return StageFolder(folder, read_manifest(folder))
 
@@ -190,15 +194,18 @@ def _settings(asked: _Request) -> dict[str, Any]:
 class _Session:
     """The base model with fresh, seeded LoRA layers in train mode, and how its trained state is written and read back."""
 
-    def __init__(self, base: Path, name: str, plan: LoadPlan, lora: LoraConfig, seed: int, on_event: OnEvent) -> None:
+    def __init__(
+        self, base: Path, name: str, key: str, plan: LoadPlan, lora: LoraConfig, seed: int, on_event: OnEvent
+    ) -> None:
         from transformers import set_seed
 
-        from phinetune.lora.inject import inject
-        from phinetune.lora.layers import lora_size
+        from phinetune.lora.injection import inject
+        from phinetune.lora.layer import lora_size
 
-        self.model, self.lora, self.name = load_model(base, plan), lora, name
+        self.model, self.name, self.base_key = load_model(base, plan), name, key
+        self.quantization = plan.quantization
         set_seed(seed)
-        inject(self.model, lora)
+        self.adapter = inject(self.model, lora)
         self.model.train()
         self.size = lora_size(self.model)
         share = self.size.trainable / self.size.total
@@ -208,26 +215,39 @@ class _Session:
             )
         )
 
+    def parameter_groups(self, model: Any, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The optimizer's groups with LoRA+."""
+        from phinetune.lora.loraplus import loraplus_groups
+
+        return loraplus_groups(model, learning_rate, self.adapter.config.loraplus_lr_ratio or 1.0, weight_decay)
+
     def save(self, folder: Path) -> None:
         """Write the adapter into `folder`. Raises TrainingError, and writes nothing, if a factor is not finite."""
         import torch
 
-        from phinetune.lora.adapter import adapter_state, save_adapter
+        from phinetune.lora.adapter import save_adapter
+        from phinetune.lora.peft_format import adapter_state
 
-        broken = [name for name, factor in adapter_state(self.model).items() if not torch.isfinite(factor).all()]
+        broken = [name for name, factor in adapter_state(self.adapter).items() if not torch.isfinite(factor).all()]
         if broken:
             raise TrainingError(
                 f"{broken[0]}: not finite, as {len(broken) - 1} more: training diverged",
                 "lower training_config.learning_rate",
             )
-        save_adapter(self.model, self.lora, folder, self.name)
+        save_adapter(self.adapter, folder, self.name, self.base_key)
 
     def load(self, folder: Path) -> None:
         """Read a checkpoint's adapter back."""
         from phinetune.lora.adapter import load_adapter_state, read_adapter
 
-        load_adapter_state(self.model, read_adapter(folder)[1], folder)
+        load_adapter_state(self.adapter, read_adapter(folder).state, folder)
 
-    def facts(self) -> dict[str, Any]:
-        """Size and dtype, for the manifest."""
-        return {"size": asdict(self.size), "dtype": str(self.model.dtype)[6:]}
+    def facts(self, contract: PromptContract) -> dict[str, Any]:
+        """Size, dtype, what the model now says after the contract's probes, and the base's quantization: for the manifest."""
+        from phinetune.model.probe import probe_logits, record_logits
+        from phinetune.model.quantized import record
+
+        facts = {"size": asdict(self.size), "dtype": str(self.model.dtype)[6:]}
+        logits = record_logits(probe_logits(self.model, contract))
+        quantization = {"quantization": record(self.quantization, self.model)} if self.quantization else {}
+        return {**facts, "probe_logits": logits, **quantization}

@@ -1,40 +1,72 @@
-"""Merge an adapter into its base model: a plain model folder, in the base's own dtype, with the prompt contract of the training."""
+"""Merge an adapter into its base model: a plain model folder, in the base's own dtype, with the prompt contract of the training.
+
+The weights go from file to file, shard by shard, and never into memory as a whole; a merge that was killed goes on where it was. An
+adapter that was trained on a 4-bit base has two bases: the one on disk, and what 4 bits made of it. Which one it goes into is asked
+for, or measured. Afterwards, where memory allows, the merged model is compared with base + adapter on the contract's probes.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
+import statistics
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from phinetune.artifact import StageFolder, building, check_output, content_key, file_hash, is_finished, read_manifest
-from phinetune.errors import AdapterError, ModelError
+from phinetune.artifact import (
+    StageFolder,
+    building,
+    check_output,
+    content_key,
+    file_hash,
+    is_finished,
+    read_manifest,
+    write_json,
+)
+from phinetune.errors import AdapterError, ConfigError, ModelError
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.generation.load import adapter_base, adapter_contract, find, trained_overrides
+from phinetune.model.compute import available_memory
+from phinetune.model.contract import PromptContract
 from phinetune.model.folder import base_key, stored_dtype, weight_files
+from phinetune.model.quantized import Quantization
+
+if TYPE_CHECKING:
+    import torch
+
+    from phinetune.lora.injection import Adapter
+    from phinetune.lora.stream import MergeReport
 
 INHERITED = ("base_model", "base_key", "data", "data_sha256")
 """What later stages take over from the adapter's manifest."""
+Base = Literal["auto", "original", "dequantized"]
 
 
 def merge(
     adapter: str,
     output_dir: str | Path,
     base_model: str | None = None,
+    base: Base = "auto",
     trust_remote_code: bool = False,
     overwrite: bool = False,
     on_event: OnEvent = log_event,
 ) -> StageFolder:
     """Write base + adapter as a plain model into `output_dir`: float32 arithmetic, each tensor in the dtype the base has on disk.
 
-    base_model: another place of the adapter's base model (same content). Raises AdapterError if the adapter is damaged, belongs to
-    another base, or gives values that are not finite.
+    base_model: another place of the adapter's base model (same content). base, for an adapter trained on a 4-bit base: "original" (the
+    weights on disk), "dequantized" (what 4 bits made of them), "auto" (the one that gives the logits which the training had). Raises
+    AdapterError if the adapter is damaged, belongs to another base, or gives values that are not finite.
     """
+    if base not in ("auto", "original", "dequantized"):
+        raise ConfigError(f'base: must be "auto", "original" or "dequantized" (found: {base!r})')
     source, kind = find(adapter, on_event=on_event)
     if kind != "adapter":
         raise AdapterError(f"{adapter}: is not an adapter folder", "give the output folder of finetune")
-    base = adapter_base(source, base_model, on_event)
+    weights = adapter_base(source, base_model, on_event)
     folder = Path(output_dir).expanduser()
-    key = content_key("merge", 1, base_key(base), adapter_key(source))
-    check_output(folder, "hf", key, overwrite, needed_bytes=sum(f.stat().st_size for f in weight_files(base)[0]))
+    key = content_key("merge", 2, base_key(weights), adapter_key(source), base)
+    check_output(folder, "hf", key, overwrite, needed_bytes=sum(f.stat().st_size for f in weight_files(weights)[0]))
     if is_finished(folder, "hf", key) and not overwrite:
         on_event(Note(f"unchanged: {folder} holds the result of exactly this merge"))
         return StageFolder(folder, read_manifest(folder), unchanged=True)
@@ -44,8 +76,9 @@ def merge(
         "adapter": str(source.absolute()),
         **{k: trained[k] for k in INHERITED if k in trained},
     }
-    with building(folder, "hf", key, record) as partial:
-        record["figures"] = _merge_into(partial, source, base, trust_remote_code, on_event)
+    job = _Merge(source, weights, trained, trust_remote_code, on_event)
+    with building(folder, "hf", key, record, resume=True) as partial:
+        record["figures"] = job.run(partial, base)
     on_event(Note(f"merged: written to {folder}"))
     return StageFolder(folder, read_manifest(folder))
 
@@ -59,54 +92,179 @@ def adapter_key(folder: Path) -> str:
     return file_hash(*files)
 
 
-def _merge_into(target: Path, source: Path, base: Path, trust_remote_code: bool, on_event: OnEvent) -> dict[str, Any]:
-    """Load, merge, compare on a probe, save. Returns the comparison's figures."""
-    import torch
+class _Merge:
+    """One adapter, its base model's folder, and what the adapter's manifest says about its training."""
 
-    from phinetune.lora.adapter import load_adapter
-    from phinetune.lora.inject import output_head
-    from phinetune.lora.layers import lora_layers
-    from phinetune.lora.merge import merge as merge_layers
-    from phinetune.model.load import LoadPlan, load_model, save_model
+    def __init__(
+        self, adapter: Path, base: Path, trained: dict[str, Any], trust_remote_code: bool, on_event: OnEvent
+    ) -> None:
+        self.adapter, self.base, self.trust, self.on_event = adapter, base, trust_remote_code, on_event
+        self.contract: PromptContract = adapter_contract(adapter, base, trust_remote_code)
+        self.quantization: dict[str, Any] | None = trained.get("quantization")
+        self.trained_logits: list[dict[str, Any]] | None = trained.get("probe_logits")
+        size, free = sum(f.stat().st_size for f in weight_files(base)[0]), available_memory()
+        self.fits = free is None or size * 1.3 < free
 
-    contract = adapter_contract(source, base, trust_remote_code)
-    model = load_model(
-        base, LoadPlan(stored_dtype(base), torch.device("cpu"), None, trust_remote_code, trained_overrides(source))
-    )
-    probe = torch.tensor([list(contract.probes[0].ids)])
+    def run(self, target: Path, asked: Base) -> dict[str, Any]:
+        """Write the merged model into `target` and return the figures of the merge."""
+        from phinetune.lora.stream import merge_files
+        from phinetune.model.load import save_generation_config, tied_embeddings
 
-    def logits() -> torch.Tensor:
-        with torch.inference_mode():
-            last: torch.Tensor = model(input_ids=probe, logits_to_keep=1).logits[0, -1].float()
-        return last
+        policy, figures = self.choose_base(asked)
+        restore = self.restore if policy == "dequantized" else None
+        tied = tied_embeddings(self.base, self.trust)
+        report = merge_files(self.base, self.adapter, target, restore, tied, self.on_event)
+        self.tell(report)
+        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        write_json(target / "config.json", config | trained_overrides(self.adapter))
+        save_generation_config(self.base, self.contract, target, self.trust)
+        self.contract.save(target)
+        for code in self.base.glob("*.py"):
+            shutil.copyfile(code, target / code.name)
+        figures |= {"base": policy, "layers": report.layers, "tensors_copied": report.tensors_copied}
+        if report.surviving:
+            figures["share_of_change_kept"] = round(min(report.surviving.values()), 6)
+        return figures | self.prove(target, policy)
 
-    plain = logits()
-    load_adapter(model, source)
-    model.eval()
-    adapted = logits()
-    layers = lora_layers(model)
-    if all(not layer.lora_B.any() for layer in layers.values()):
-        on_event(Note("merge: the adapter changes nothing (lora_B is zero everywhere)", warning=True))
-    tied = model.get_input_embeddings().weight is getattr(output_head(model), "weight", None)
-    merge_layers(model)
-    if tied and model.get_input_embeddings().weight is not getattr(output_head(model), "weight", None):
-        model.config.tie_word_embeddings = False
-        on_event(
+    def choose_base(self, asked: Base) -> tuple[str, dict[str, Any]]:
+        """("original" or "dequantized", the figures behind it)."""
+        if self.quantization is None:
+            if asked == "dequantized":
+                raise ConfigError(
+                    "base: dequantized is for adapters trained on a 4-bit base, which this one's manifest does not say",
+                    "use base: original",
+                )
+            return "original", {}
+        if asked != "auto":
+            return asked, {}
+        if self.trained_logits is None or not self.fits:
+            why = (
+                "memory is too small to measure"
+                if self.trained_logits
+                else "the adapter carries no logits to measure by"
+            )
+            self.on_event(Note(f"merge: base: dequantized, what the adapter was trained on; {why}", warning=True))
+            return "dequantized", {}
+        from phinetune.model.probe import distance
+
+        recorded = self.trained_logits
+        distances = {p: distance(self.logits(p), recorded) for p in ("original", "dequantized")}
+        policy = min(distances, key=lambda p: distances[p])
+        noise = self.noise_over_change()
+        self.on_event(
             Note(
-                "merge: the adapter changes the output head, which shared its weight with the embedding; they are separate now"
+                f"merge: base: {policy}; its logits are {distances[policy]:.3g} from those of the training, the other base's "
+                f"{max(distances.values()):.3g} (the rounding to 4 bits is {noise:.1f} times as large as the adapter's change)"
             )
         )
-    merged = logits()
-    moved, lost = float((adapted - plain).abs().max()), float((merged - adapted).abs().max())
-    if moved and lost > moved / 2:
-        raise ModelError(
-            f"the merged model's logits differ from the adapter's by {lost:.3g}, half of what the adapter changes ({moved:.3g})",
-            f"the base's dtype {str(model.dtype)[6:]} is too coarse for this adapter",
+        return policy, {"distance_to_trained": distances, "rounding_over_change": round(noise, 3)}
+
+    def restore(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """What 4 bits make of a stored weight, if the training held its layer in 4 bits."""
+        import torch
+
+        from phinetune.model.quantized import round_trip
+
+        if self.quantization is None or not self.was_quantized(name):
+            return weight
+        dtype = getattr(torch, self.quantization["dtype"])
+        return round_trip(weight, self.asked_quantization(), dtype)
+
+    def was_quantized(self, name: str) -> bool:
+        """True if the tensor `name` of the files belongs to a layer that the training held in 4 bits."""
+        layers = {f"{layer}.weight" for layer in (self.quantization or {}).get("layers", [])}
+        return name in layers or any(n.endswith(f".{name}") or name.endswith(f".{n}") for n in layers)
+
+    def asked_quantization(self) -> Quantization:
+        """The quantization of the training."""
+        values = self.quantization or {}
+        return Quantization(values["quant_type"], values["double_quant"])
+
+    def adapted(self, policy: str) -> tuple[Any, Adapter]:
+        """(model, adapter in it) in memory, the base in its own dtype, or in 4 bits as in the training."""
+        import torch
+
+        from phinetune.lora.adapter import load_adapter
+        from phinetune.model.load import load_model
+
+        plan = self.plan(stored_dtype(self.base))
+        if policy == "dequantized" and self.quantization is not None:
+            dtype = getattr(torch, self.quantization["dtype"])
+            plan = dataclasses.replace(plan, dtype=dtype, quantization=self.asked_quantization())
+        model = load_model(self.base, plan)
+        adapter = load_adapter(model, self.adapter)
+        return model.eval(), adapter
+
+    def plan(self, dtype: torch.dtype) -> Any:
+        """How models are loaded here."""
+        import torch
+
+        from phinetune.model.load import LoadPlan
+
+        return LoadPlan(dtype, torch.device("cpu"), None, self.trust, trained_overrides(self.adapter))
+
+    def logits(self, policy: str) -> torch.Tensor:
+        """Probe logits of base + adapter."""
+        from phinetune.model.probe import probe_logits
+
+        return probe_logits(self.adapted(policy)[0], self.contract)
+
+    def noise_over_change(self) -> float:
+        """Median over the layers of |what 4 bits changed| / |what the adapter changes|."""
+        ratios = []
+        for layer in self.adapted("original")[1].layers.values():
+            change, weight = layer.delta(), layer.frozen().detach()
+            if weight.dim() == 2 and float(change.norm()) > 0:
+                noise = self.restored(weight).float() - weight.float()
+                ratios.append(float(noise.norm() / change.norm()))
+        return statistics.median(ratios) if ratios else 0.0
+
+    def restored(self, weight: torch.Tensor) -> torch.Tensor:
+        """What 4 bits make of a weight."""
+        import torch
+
+        from phinetune.model.quantized import round_trip
+
+        return round_trip(weight, self.asked_quantization(), getattr(torch, (self.quantization or {})["dtype"]))
+
+    def tell(self, report: MergeReport) -> None:
+        """What the merge did, as notes. Raises ModelError if the base's dtype swallowed half of the adapter's change."""
+        if not any(report.surviving.values()) and report.layers:
+            self.on_event(Note("merge: the adapter changes nothing (lora_B is zero everywhere)", warning=True))
+        if report.untied:
+            self.on_event(
+                Note("merge: the adapter changes one of two embeddings that shared a weight; they are separate now")
+            )
+        kept = statistics.median(report.surviving.values()) if report.surviving else 1.0
+        if abs(kept - 1.0) > 0.5:
+            raise ModelError(
+                f"merging keeps {kept:.0%} of the adapter's change: the base's dtype is too coarse for this adapter",
+                "convert the base model to float32 first",
+            )
+
+    def prove(self, target: Path, policy: str) -> dict[str, Any]:
+        """Compare the merged files with base + adapter on the probes. Raises ModelError if they are not the same model."""
+        if not self.fits:
+            self.on_event(
+                Note("merge: not compared on the probes: the model does not fit into this machine's free memory")
+            )
+            return {}
+        from phinetune.model.load import load_model
+        from phinetune.model.probe import probe_logits
+
+        model, adapter = self.adapted(policy)
+        adapted = probe_logits(model, self.contract)
+        adapter.take_out(model)
+        plain = probe_logits(model, self.contract)
+        del model, adapter
+        merged = probe_logits(load_model(target, self.plan(stored_dtype(target))), self.contract)
+        moved, lost = float((adapted - plain).abs().max()), float((merged - adapted).abs().max())
+        if moved and lost > moved / 2:
+            raise ModelError(
+                f"the merged model's logits differ from the adapter's by {lost:.3g}, half of what the adapter changes ({moved:.3g})",
+                f"the base's dtype {str(stored_dtype(self.base))[6:]} is too coarse for this adapter",
+            )
+        self.on_event(
+            Note(f"merge: on the probes the adapter moves the logits by up to {moved:.3g}, merging by {lost:.2g} more")
         )
-    on_event(
-        Note(
-            f"merge: {len(layers)} layers; on a probe the adapter moves the logits by {moved:.3g}, merging in {str(model.dtype)[6:]} by {lost:.2g} more"
-        )
-    )
-    save_model(model, contract, target)
-    return {"layers": len(layers), "logits_moved_by_adapter": moved, "logits_moved_by_merging": lost}
+        return {"logits_moved_by_adapter": moved, "logits_moved_by_merging": lost}

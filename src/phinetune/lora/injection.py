@@ -1,0 +1,181 @@
+"""Put factors into a model and take them out again: the `Adapter` and how it is made. Works on any `nn.Module`.
+
+An adapter is a set of parts, each standing in the model's tree where a part of the base stood: a LoRA layer over the base's own weight,
+a trained copy of a module or of a bias. Putting an adapter in or taking it out is a handful of assignments; the base is never copied
+and never changed. Not here: which layers are meant (`targets.py`), what they compute, files.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from phinetune.errors import AdapterError
+from phinetune.lora.config import LoraConfig
+from phinetune.lora.conv import ConvLoRA, conv_class
+from phinetune.lora.embedding import Embedding
+from phinetune.lora.frozen import keep_readable
+from phinetune.lora.fused import fused_slices
+from phinetune.lora.layer import lora_layers, plain_layer
+from phinetune.lora.linear import Linear, MergedLinear
+from phinetune.lora.start import start
+from phinetune.lora.targets import Target, find_targets, named_modules_to_save
+
+
+@dataclass
+class Adapter:
+    """What is trained beside a base model. Every dictionary is keyed by the part's name in the model."""
+
+    config: LoraConfig
+    layers: dict[str, Any] = field(default_factory=dict)
+    """LoRA layers."""
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    """Trained copies of whole modules (`modules_to_save`)."""
+    biases: dict[str, nn.Parameter] = field(default_factory=dict)
+    """Trained biases outside the LoRA layers."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """The base model's own parts in their places."""
+
+    def parts(self) -> dict[str, Any]:
+        """Everything that stands in the model's tree while the adapter is in."""
+        return {**self.layers, **self.modules, **self.biases}
+
+    def put(self, model: nn.Module) -> None:
+        """Put the adapter into `model`, on its device and in its mode."""
+        for name, layer in self.layers.items():
+            layer.to(layer.frozen().device)
+            layer.train(self.base[name].training)
+        for name, module in self.modules.items():
+            module.to(next(self.base[name].parameters()).device).train(self.base[name].training)
+        for name, bias in self.biases.items():
+            bias.data = bias.data.to(self.base[name].device)
+        _place(model, self.parts())
+
+    def take_out(self, model: nn.Module) -> None:
+        """Put the base's own parts back, in the mode that `model` is in."""
+        now = self.parts()
+        for name, part in self.base.items():
+            if isinstance(part, nn.Module):
+                part.train(now[name].training)
+        _place(model, self.base)
+
+
+def _place(model: nn.Module, parts: dict[str, Any]) -> None:
+    for name, part in parts.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, part)
+
+
+def inject(model: nn.Module, config: LoraConfig) -> Adapter:
+    """Freeze `model` and put factors beside its targeted layers, over the same weights; also its `modules_to_save` and biases.
+
+    Raises AdapterError, before anything is changed, if a target matches nothing, or a rank does not fit a layer.
+    """
+    targets = find_targets(model, config)
+    adapter = build_adapter(model, config, targets)
+    model.requires_grad_(False)
+    for part in adapter.parts().values():
+        for parameter in [part] if isinstance(part, nn.Parameter) else _trained(part, config):
+            parameter.requires_grad_(True)
+    adapter.put(model)
+    return adapter
+
+
+def _trained(part: nn.Module, config: LoraConfig) -> list[nn.Parameter]:
+    """The parameters of a LoRA layer or a trained module that learn."""
+    if not hasattr(part, "lora_A"):
+        return list(part.parameters())
+    with_bias = config.bias != "none"
+    return [p for n, p in part.named_parameters() if "lora_" in n or (with_bias and n.rpartition(".")[2] == "bias")]
+
+
+def build_adapter(model: nn.Module, config: LoraConfig, targets: list[Target]) -> Adapter:
+    """An adapter for `targets` with its factors at their start, not yet in `model`."""
+    adapter = Adapter(config)
+    keep_readable(model)
+    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    for target in targets:
+        base = model.get_submodule(target.name)
+        layer = make_layer(base, target, config)
+        slices = fused_slices(model, target.name, base, config.fused_modules)
+        if slices and target.kind == "linear":  # known to whole layers too, which can be saved split
+            layer.slice_names, layer.slice_widths = tuple(slices), tuple(slices.values())
+        adapter.layers[target.name], adapter.base[target.name] = layer, base
+    for name in named_modules_to_save(model, config):
+        adapter.base[name] = model.get_submodule(name)
+        adapter.modules[name] = copy.deepcopy(adapter.base[name])
+    inside = [*adapter.layers, *adapter.modules]
+    for name, parameter in model.named_parameters():
+        is_bias = config.bias == "all" and name.rpartition(".")[2] == "bias"
+        if is_bias and not any(name.startswith(f"{i}.") for i in inside):
+            adapter.base[name] = parameter
+            adapter.biases[name] = nn.Parameter(parameter.detach().clone())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen[name])  # as it was: nothing is frozen until the adapter goes in
+    return adapter
+
+
+def make_layer(base: nn.Module, target: Target, config: LoraConfig) -> Any:
+    """A LoRA layer over `base`, its factors at their start."""
+    r, dropout = target.r, config.lora_dropout
+    layer: Any
+    if target.slices:
+        enable = [part in target.enabled for part in target.slices]
+        layer = MergedLinear.from_base(base, r, 1.0, dropout, enable, list(target.slices.values()))
+    elif target.kind == "linear":
+        layer = Linear.from_base(base, r, 1.0, dropout)
+    elif target.kind == "embedding":
+        layer = Embedding.from_base(base, r, 1.0)
+    else:
+        layer = conv_class(base).from_base(base, r, 1.0, dropout)
+    layer.rescale(target.scaling)
+    start(layer, config.init_lora_weights, config.use_dora)
+    if config.bias != "none":
+        _own_bias(layer)
+    return layer
+
+
+def _own_bias(layer: Any) -> None:
+    """Give the layer a bias of its own, so that training it leaves the base's alone."""
+    if isinstance(layer, ConvLoRA):
+        layer.conv = plain_layer(layer)
+    holder = layer.conv if isinstance(layer, ConvLoRA) else layer
+    bias = getattr(holder, "bias", None)
+    if bias is not None:
+        holder.bias = nn.Parameter(bias.detach().clone())
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter that is in `model` already: LoRA layers built by hand, and every other parameter that learns.
+
+    Raises AdapterError if the model has no LoRA layers.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise AdapterError(
+            "the model has no LoRA layers", "put some in with inject, or build it with phinetune.lora.Linear"
+        )
+    inside = tuple(f"{name}." for name in layers)
+    others = [(n, p) for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)]
+    biases = {n: p for n, p in others if n.rpartition(".")[2] == "bias"}
+    owners = list(dict.fromkeys(n.rpartition(".")[0] for n, _ in others if n not in biases))
+    if "" in owners:
+        raise AdapterError("a parameter of the model itself learns; only those of its modules can be saved")
+    modules = {name: model.get_submodule(name) for name in owners}
+    biases = {n: p for n, p in biases.items() if n.rpartition(".")[0] not in modules}
+    ranks = [layer.r for layer in layers.values()]
+    trains_bias = any(
+        p.requires_grad for n, p in model.named_parameters() if n.startswith(inside) and n.endswith("bias")
+    )
+    config = LoraConfig(
+        r=max(ranks),
+        target_modules=list(layers),
+        modules_to_save=owners or None,
+        bias="all" if biases else "lora_only" if trains_bias else "none",
+        use_dora=any(layer.lora_magnitude_vector is not None for layer in layers.values()),
+        task_type=None,
+    )
+    return Adapter(config, layers, modules, biases)

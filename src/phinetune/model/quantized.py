@@ -1,0 +1,122 @@
+"""Base models in 4 bits (NF4 or FP4, bitsandbytes): what was asked for, and what rounding to 4 bits makes of a weight.
+
+bitsandbytes is the reference implementation of the format (Dettmers et al. 2023); it quantizes here, on CPUs too, and is imported only
+when 4 bits are asked for. Not here: layers over 4-bit weights (`phinetune.lora`), int4 of ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from phinetune.errors import ConfigError, MissingPackageError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+_KEYS = ("quantization_config", "load_in_4bit", "load_in_8bit")
+_OPTIONS = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+_PASSED = ("bnb_4bit_quant_storage", "quant_method", "_load_in_4bit", "_load_in_8bit", "load_in_8bit")
+_PASSED_8BIT = (
+    "llm_int8_enable_fp32_cpu_offload",
+    "llm_int8_has_fp16_weight",
+    "llm_int8_skip_modules",
+    "llm_int8_threshold",
+)
+BLOCK = 64
+"""Weights that share one scale: bitsandbytes' size for 4-bit layers."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a base model's linear layers are held in 4 bits; the output head stays as it is."""
+
+    quant_type: str = "nf4"
+    double_quant: bool = True
+
+
+def read_quantization(kwargs: dict[str, Any]) -> Quantization | None:
+    """Take `load_in_4bit` and `quantization_config` (a dictionary or a BitsAndBytesConfig) out of `kwargs`; None if 4 bits are not asked for.
+
+    Raises ConfigError for 8 bits, other methods, and names that are not bitsandbytes'; MissingPackageError without bitsandbytes.
+    """
+    given = {key: kwargs.pop(key, None) for key in _KEYS}
+    config = given["quantization_config"]
+    if config is not None and not isinstance(config, dict):
+        config = config.to_dict() if hasattr(config, "to_dict") else None
+        if config is None:
+            raise ConfigError(
+                "model_kwargs.quantization_config: must hold the names of transformers' BitsAndBytesConfig"
+            )
+    options = dict(config or {})
+    where = "model_kwargs.quantization_config"
+    if given["load_in_8bit"] or options.get("load_in_8bit"):
+        raise ConfigError("model_kwargs.load_in_8bit: not supported yet", "use load_in_4bit, or leave it out")
+    method = getattr(options.get("quant_method"), "value", options.get("quant_method", "bitsandbytes"))
+    if method != "bitsandbytes":
+        raise ConfigError(f"{where}.quant_method: only bitsandbytes is supported (found: {method!r})")
+    known = (*_OPTIONS, *_PASSED, *_PASSED_8BIT)
+    if unknown := [k for k in options if k not in known]:
+        raise ConfigError([f"{where}.{k}: unknown key{did_you_mean(k, _OPTIONS)}" for k in unknown])
+    if not (given["load_in_4bit"] or options.get("load_in_4bit")):
+        return None
+    kind = options.get("bnb_4bit_quant_type", "nf4" if config is None else "fp4")  # transformers' own default is fp4
+    if kind not in ("nf4", "fp4"):
+        raise ConfigError(f'{where}.bnb_4bit_quant_type: must be "nf4" or "fp4" (found: {kind!r})')
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingPackageError("model_kwargs.load_in_4bit: needs bitsandbytes", "pip install 'phinetune[qlora]'")
+    return Quantization(kind, bool(options.get("bnb_4bit_use_double_quant", config is None)))
+
+
+def from_pretrained_options(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that load a model in 4 bits."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+@contextlib.contextmanager
+def quiet_bitsandbytes() -> Iterator[None]:
+    """Without bitsandbytes' warning that it did not fetch a kernel from the hub: nothing is fetched here, and its kernel is not used."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def quantized_layers(model: Any) -> list[str]:
+    """Names of the layers of `model` that are held in 4 bits."""
+    return [n for n, m in model.named_modules() if getattr(getattr(m, "weight", None), "quant_state", None) is not None]
+
+
+def round_trip(weight: torch.Tensor, quantization: Quantization, dtype: torch.dtype) -> torch.Tensor:
+    """What 4 bits leave of `weight` (out, in), in its own dtype: cast to `dtype`, quantized as at loading, made dense again."""
+    with quiet_bitsandbytes():
+        from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(
+        weight.to(dtype),
+        blocksize=BLOCK,
+        quant_type=quantization.quant_type,
+        compress_statistics=quantization.double_quant,
+    )
+    restored: torch.Tensor = functional.dequantize_4bit(packed, state)
+    return restored.to(weight.dtype)
+
+
+def record(quantization: Quantization, model: Any) -> dict[str, Any]:
+    """What an adapter's manifest says about the quantization of its base."""
+    return {**asdict(quantization), "dtype": str(model.dtype)[6:], "layers": quantized_layers(model)}
