@@ -24,7 +24,7 @@ from phinetune.data.batches import Collator, padded_batch
 from phinetune.data.examples import load_examples
 from phinetune.data.messages import parse_data_config
 from phinetune.lora.config import LoraConfig
-from phinetune.lora.inject import inject
+from phinetune.lora.injection import inject
 from phinetune.model.compute import bfloat16_speedup
 from phinetune.model.folder import resolve_model
 from phinetune.model.load import LoadPlan, load_base_contract, load_model

@@ -5,6 +5,7 @@ Importing this file imports neither torch nor transformers: a command imports it
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Annotated, Any
@@ -349,6 +350,7 @@ def main(argv: list[str] | None = None) -> int:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes are about itself; what matters here we say
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a kernel that is not used
     usage_error = typer.BadParameter.__mro__[2]  # ClickException, from whichever click this typer brings
     try:
         result: Any = app(args=argv, prog_name="phinetune", standalone_mode=False)

@@ -83,9 +83,7 @@ class ConvLoRA(LoRALayer, nn.Module):
     def reset_parameters(self) -> None:
         """W and b as the convolution starts them; lora_A Kaiming-uniform, lora_B zero."""
         self.conv.reset_parameters()
-        if hasattr(self, "lora_A") and not self.lora_A.is_meta:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
+        self.reset_factors()
 
     def frozen(self) -> Any:
         return self.conv.weight

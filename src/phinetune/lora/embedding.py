@@ -52,7 +52,11 @@ class Embedding(LoRALayer, nn.Embedding):
     def reset_parameters(self) -> None:
         """W as `nn.Embedding` starts it; lora_A zero, lora_B normal."""
         nn.Embedding.reset_parameters(self)
-        if hasattr(self, "lora_A") and not self.lora_A.is_meta:
+        self.reset_factors()
+
+    def reset_factors(self) -> None:
+        """lora_A zero, lora_B normal."""
+        if getattr(self, "lora_A", None) is not None and not self.lora_A.is_meta:
             nn.init.zeros_(self.lora_A)
             nn.init.normal_(self.lora_B)
 

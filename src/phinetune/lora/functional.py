@@ -103,13 +103,16 @@ class LoraLinearFunction(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         down = F.linear(flat if mask is None else flat * mask.reshape(flat.shape), A)  # (N, slices · r)
-        y = F.linear(flat, dense(weight, x.dtype), bias)  # (N, out)
+        y = F.linear(
+            x, dense(weight, x.dtype), bias
+        )  # (..., out); a view of it could not be changed in place by the model
+        rows = y.view(-1, y.shape[-1])
         for (start, stop), low, high in _slices(spans, B.shape[1]):
-            y[:, start:stop].addmm_(down[:, low], B[high].t(), alpha=scaling)
+            rows[:, start:stop].addmm_(down[:, low], B[high].t(), alpha=scaling)
         ctx.quantized = weight if is_quantized(weight) else None  # its dense form is made again when it is needed
         ctx.save_for_backward(x, None if ctx.quantized is not None else weight, lora_A, lora_B, down, mask)
         ctx.scaling, ctx.spans = scaling, spans
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     def backward(ctx, grad_y):  # type: ignore[no-untyped-def]

@@ -11,6 +11,7 @@ price of a second weight while in `eval()`. Not here: the layers themselves, whi
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,12 @@ class LoRALayer:
             self.register_buffer("unmerged_weight", None, persistent=False)
             self.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
             self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+    def reset_factors(self) -> None:
+        """lora_A Kaiming-uniform (a = sqrt 5), lora_B zero: the layer computes exactly its frozen base (Hu et al. 2021, section 4.1)."""
+        if getattr(self, "lora_A", None) is not None and not self.lora_A.is_meta:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
 
     def frozen(self) -> Any:
         """The parameter W that the factors stand beside."""
@@ -124,6 +131,7 @@ def adopt(layer: Any, base: nn.Module, shapes: dict[str, tuple[int, ...]]) -> An
     device = holder.weight.device
     for name, shape in shapes.items():
         setattr(layer, name, nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32)))
+    layer.reset_factors()
     layer.__dict__["plain"] = base  # not a child: it would be counted, moved and saved twice
     return layer.train(base.training)
 

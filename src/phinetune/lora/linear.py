@@ -6,7 +6,6 @@ names, putting LoRA into a linear layer renames nothing in a model's state dict.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,9 +74,7 @@ class Linear(LoRALayer, nn.Linear):
     def reset_parameters(self) -> None:
         """W and b as `nn.Linear` starts them; lora_A Kaiming-uniform, lora_B zero."""
         nn.Linear.reset_parameters(self)
-        if hasattr(self, "lora_A") and not self.lora_A.is_meta:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
+        self.reset_factors()
 
     def matrix(self) -> Tensor:
         """W as (out, in), dense."""
@@ -181,9 +178,7 @@ class MergedLinear(LoRALayer, nn.Linear):
     def reset_parameters(self) -> None:
         """As `Linear.reset_parameters`."""
         nn.Linear.reset_parameters(self)
-        if hasattr(self, "lora_A") and not self.lora_A.is_meta:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
+        self.reset_factors()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A as it is, B block-diagonal: rank r · slices, the same change as the slices' own factors."""

@@ -17,23 +17,17 @@ from phinetune.lora.layer import output_lengths
 
 
 def start(layer: Any, how: bool | str, use_dora: bool = False) -> None:
-    """Set the factors of a fresh LoRA layer: `how` is LoraConfig's `init_lora_weights`. With DoRA, the lengths are the weight's own."""
+    """Set the factors of a fresh LoRA layer, which are as `reset_factors` leaves them: `how` is LoraConfig's `init_lora_weights`. With DoRA, the lengths are the weight's own."""
     is_embedding = isinstance(layer, nn.Embedding)
     if how is False:
         _random(layer)
     elif how == "gaussian" and not is_embedding:
         nn.init.normal_(layer.lora_A, std=1 / layer.r)
         nn.init.zeros_(layer.lora_B)
-    elif is_embedding:
-        nn.init.zeros_(layer.lora_A)
-        nn.init.normal_(layer.lora_B)
     elif isinstance(how, str) and how.startswith(("pissa", "olora")):
         start_along_weight(layer, how)
         layer.lora_A.data.copy_(layer.lora_A_start)
         layer.lora_B.data.copy_(layer.lora_B_start)
-    else:
-        nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(layer.lora_B)
     if use_dora:
         layer.lora_magnitude_vector = nn.Parameter(output_lengths(layer).float())
 

@@ -233,7 +233,10 @@ def load_model(folder: Path, plan: LoadPlan) -> Any:
     ]
     if problems:
         raise ModelError(problems, "the weights do not belong to this config.json; copy or download the model again")
-    return (model if plan.quantization is not None else model.to(plan.device)).eval()
+    if plan.quantization is not None:
+        model.is_quantized = False  # to the Trainer: it would refuse a quantized model whose adapter is not PEFT's own
+        return model.eval()
+    return model.to(plan.device).eval()
 
 
 def load_base_contract(folder: Path, trust_remote_code: bool = False) -> PromptContract:

@@ -52,11 +52,11 @@ class AdapterTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> Any:
-        if self.optimizer is None and self._parameter_groups is not None:
+        if getattr(self, "optimizer", None) is None and self._parameter_groups is not None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             rate = options.pop("lr", self.args.learning_rate)
             groups = self._parameter_groups(self.model, rate, self.args.weight_decay)
-            self.optimizer = kind(groups, lr=rate, **options)
+            self.optimizer: Any = kind(groups, lr=rate, **options)
         return super().create_optimizer()
 
     @torch.no_grad()
