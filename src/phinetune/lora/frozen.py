@@ -44,13 +44,6 @@ def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return flat.to(dtype)
 
 
-def keep_readable(model: torch.nn.Module) -> None:
-    """Stop bitsandbytes from re-ordering the 4-bit weights of `model` when it computes with them itself."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            cast(Any, module).support_avx512bf16_for_cpu = False
-
-
 def check_frozen(name: str, module: torch.nn.Module) -> None:
     """Raises AdapterError for a base layer whose weight cannot be read: 8-bit, or 4-bit but not yet quantized."""
     weight = getattr(module, "weight", None)

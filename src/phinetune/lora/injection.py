@@ -17,12 +17,12 @@ from phinetune.errors import AdapterError
 from phinetune.lora.config import LoraConfig
 from phinetune.lora.conv import ConvLoRA, conv_class
 from phinetune.lora.embedding import Embedding
-from phinetune.lora.frozen import keep_readable
 from phinetune.lora.fused import fused_slices
 from phinetune.lora.layer import lora_layers, plain_layer
 from phinetune.lora.linear import Linear, MergedLinear
 from phinetune.lora.start import start
 from phinetune.lora.targets import Target, find_targets, named_modules_to_save
+from phinetune.model.quantized import keep_readable
 
 
 @dataclass

@@ -19,7 +19,13 @@ from phinetune.events import Note, OnEvent, log_event
 from phinetune.model.compute import bfloat16_speedup, default_device, default_dtype
 from phinetune.model.contract import PromptContract, load_contract, load_tokenizer, make_contract
 from phinetune.model.folder import HUB_KEYS, stored_dtype
-from phinetune.model.quantized import Quantization, from_pretrained_options, quiet_bitsandbytes, read_quantization
+from phinetune.model.quantized import (
+    Quantization,
+    from_pretrained_options,
+    keep_readable,
+    quiet_bitsandbytes,
+    read_quantization,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -235,6 +241,7 @@ def load_model(folder: Path, plan: LoadPlan) -> Any:
         raise ModelError(problems, "the weights do not belong to this config.json; copy or download the model again")
     if plan.quantization is not None:
         model.is_quantized = False  # to the Trainer: it would refuse a quantized model whose adapter is not PEFT's own
+        keep_readable(model)
         return model.eval()
     return model.to(plan.device).eval()
 

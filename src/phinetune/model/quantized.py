@@ -97,6 +97,13 @@ def quiet_bitsandbytes() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def keep_readable(model: Any) -> None:
+    """Stop bitsandbytes from re-ordering the 4-bit weights of `model`, and rounding their scales, when it computes with them on a CPU."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def quantized_layers(model: Any) -> list[str]:
     """Names of the layers of `model` that are held in 4 bits."""
     return [n for n, m in model.named_modules() if getattr(getattr(m, "weight", None), "quant_state", None) is not None]
