@@ -23,7 +23,16 @@ _LLAMA = {
 }
 _GEMMA = {**_LLAMA, "head_dim": 8, "sliding_window": 32, "tie_word_embeddings": True, "query_pre_attn_scalar": 8}
 _SHORT = {"vocab_size": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
-_GPT2 = {**_SHORT, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+_GPT2 = {
+    **_SHORT,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 _OPT = {
     **_SHORT,
     "hidden_size": 32,
@@ -32,6 +41,7 @@ _OPT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
     "word_embed_proj_dim": 32,
+    "dropout": 0.0,
 }
 _BLOOM = {**_SHORT, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 _FALCON = {**_SHORT, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "multi_query": True}
@@ -98,16 +108,17 @@ def unfused_phi3(phi3: Any) -> Any:
 
 
 class Cnn(nn.Module):
-    """Two-dimensional convolutions, with stride and padding, and a linear head. x (N, 3, 8, 8) -> (N, 5)."""
+    """Two-dimensional convolutions, with stride and padding, a norm with buffers, a linear head. x (N, 3, 8, 8) -> (N, 5)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(6)
         self.second = nn.Conv2d(6, 8, (1, 3), stride=(1, 2), padding=(0, 1), bias=False)
         self.head = nn.Linear(8 * 4 * 2, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))).flatten(1))
+        return self.head(torch.tanh(self.second(torch.tanh(self.norm(self.first(x))))).flatten(1))
 
 
 class Waves(nn.Module):

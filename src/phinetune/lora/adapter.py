@@ -11,6 +11,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from phinetune.errors import AdapterError
 from phinetune.lora.config import LoraConfig, parse_lora_config
 from phinetune.lora.injection import Adapter, adapter_of, build_adapter
 from phinetune.lora.peft_format import PREFIX, adapter_state, expected_shapes, fill, misfits, peft_config
-from phinetune.lora.targets import find_targets
+from phinetune.lora.targets import Target, find_targets
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -100,7 +101,6 @@ def load_adapter(model: nn.Module, folder: str | Path, base_key: str | None = No
     every missing, unexpected or misshaped tensor, and `model` unchanged, if the adapter does not fit.
     """
     adapter = make_adapter(model, read_adapter(folder), Path(folder), base_key)
-    model.requires_grad_(False)
     adapter.put(model)
     return adapter
 
@@ -115,31 +115,58 @@ def make_adapter(model: nn.Module, saved: SavedAdapter, folder: Path, base_key: 
         )
     targets = find_targets(model, config, saved=True)
     adapter = build_adapter(model, config, targets)
-    state, problems = _without_copies(model, adapter, saved.state)
+    state, problems = _without_copies(adapter, _joined_biases(targets, saved.state))
     problems += misfits(expected_shapes(model, adapter, targets), state)
     if base_key is not None and saved.base_key is not None and base_key != saved.base_key:
         problems.insert(0, f"{folder}: was trained on another base model (their contents differ)")
     if problems:
         raise AdapterError(problems, f"the adapter in {folder} is damaged, or belongs to another base model")
+    if config.init_lora_weights == "olora" and any(
+        getattr(m, "fan_in_fan_out", False) for m in adapter.layers.values()
+    ):
+        raise AdapterError(
+            f"{folder}: was saved beside a base model changed by olora in layers stored (in, out), which PEFT does differently",
+            "save it with PEFT's path_initial_model_for_weight_conversion",
+        )
     fill(adapter, state)
     adapter.config = dataclasses.replace(config, init_lora_weights=True)
     return adapter
 
 
-def _without_copies(
-    model: nn.Module, adapter: Adapter, state: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """`state` without the copies of base embeddings that PEFT saves with adapted ones, and a line for each that is not a copy."""
+def _joined_biases(targets: list[Target], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with the biases of slices that were saved apart put together for their fused layer."""
+    joined = dict(state)
+    for target in targets:
+        keys = [f"{PREFIX}{target.slice_name(part)}.base_layer.bias" for part in target.slices or {}]
+        if keys and all(key in joined for key in keys):
+            joined[f"{PREFIX}{target.name}.base_layer.bias"] = torch.cat([joined.pop(key) for key in keys])
+    return joined
+
+
+def _without_copies(adapter: Adapter, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """`state` without the copies of base tensors that PEFT saves beside an adapter, and a line for each that is not a copy.
+
+    They are the weights (and frozen biases) of adapted embeddings and output heads, and with trained biases those of the originals of
+    `modules_to_save`.
+    """
     problems: list[str] = []
     kept = dict(state)
     for name, layer in adapter.layers.items():
-        key = f"{PREFIX}{name}.base_layer.weight"
-        if isinstance(layer, nn.Embedding) and key in kept:
-            copied, own = kept.pop(key), layer.weight
-            if copied.shape != own.shape or not torch.equal(copied.to(own), own):
-                problems.append(
-                    f"{key}: is not the base model's embedding; it was resized or trained beside the adapter"
-                )
+        holder: Any = getattr(layer, "conv", layer)
+        own = {"weight": holder.weight, **({"bias": holder.bias} if adapter.config.bias == "none" else {})}
+        for part, tensor in own.items():
+            key = f"{PREFIX}{name}.base_layer.{part}"
+            if tensor is not None and key in kept:
+                copied = kept.pop(key)
+                if copied.shape != tensor.shape or not torch.equal(copied.to(tensor), tensor):
+                    problems.append(f"{key}: is not the base model's; it was resized or trained beside the adapter")
+    for name in adapter.modules:
+        for key in [k for k in kept if k.startswith(f"{PREFIX}{name}.original_module.")]:
+            del kept[key]  # the base's own, not used while the trained copy is
+        for key in [k for k in kept if k.startswith(f"{PREFIX}{name}.modules_to_save.")]:
+            plain = key.replace(".modules_to_save.", ".")
+            if plain in kept and torch.equal(kept[plain], kept[key]):
+                del kept[key]  # said twice
     return kept, problems
 
 

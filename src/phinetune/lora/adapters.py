@@ -27,7 +27,7 @@ class Adapters:
     """Adapters for `model` by name; at most one is in at a time.
 
     `names` in the order they came; `active` is the name of the one that is in, or None. A model that is in use as it is can be given:
-    nothing in it changes until an adapter is used, and without one it computes exactly what it did.
+    nothing in it changes until an adapter is used. Then it is frozen; without one it computes exactly what it did.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -87,9 +87,11 @@ class Adapters:
             self.use(None)
         del self._adapters[name]
 
-    def save(self, name: str, folder: str | Path, base_model: str = "", base_key: str | None = None) -> None:
-        """Write an adapter as PEFT's files."""
-        save_adapter(self[name], folder, base_model, base_key)
+    def save(
+        self, name: str, folder: str | Path, base_model: str = "", base_key: str | None = None, split: bool = False
+    ) -> None:
+        """Write an adapter as PEFT's files, as `save_adapter`."""
+        save_adapter(self[name], folder, base_model, base_key, split)
 
     def combine(
         self,

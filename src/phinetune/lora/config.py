@@ -243,4 +243,4 @@ def _as_saved(given: dict[str, Any]) -> dict[str, Any]:
         *(True, False, None, "gaussian", "eva", "orthogonal"),
     ):
         passed.add("init_lora_weights")
-    return {k: v for k, v in given.items() if k not in passed}
+    return {"r": 8, "lora_alpha": 8, **{k: v for k, v in given.items() if k not in passed}}  # PEFT's own defaults

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from phinetune.errors import AdapterError, ConfigError
 from phinetune.lora.fold import fold
-from phinetune.lora.layer import LoRALayer, adopt, check_rank, dora_scale
+from phinetune.lora.layer import LoRALayer, adopt, dora_scale
 
 
 class ConvLoRA(LoRALayer, nn.Module):
@@ -48,7 +48,6 @@ class ConvLoRA(LoRALayer, nn.Module):
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         self.cut: Literal["kernel", "channel"] = "kernel"
         if r > 0:
-            check_rank(r, in_channels, out_channels)
             k, others, rows = self._cut()
             self.lora_A = nn.Parameter(self.conv.weight.new_zeros(r * k, in_channels * k))
             self.lora_B = nn.Parameter(self.conv.weight.new_zeros(rows * others, r * k))
@@ -108,8 +107,10 @@ class ConvLoRA(LoRALayer, nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        change = self.change()
-        return change.to(torch.promote_types(change.dtype, torch.float32))
+        exact = torch.promote_types(self.lora_A.dtype, torch.float32)
+        product = self.lora_B.flatten(1).to(exact) @ self.lora_A.flatten(1).to(exact)
+        change: Tensor = product.view(self.conv.weight.shape) * self.scaling
+        return change
 
     @torch.no_grad()
     def folded(self) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phinetune.lora.fold import fold
-from phinetune.lora.layer import LoRALayer, adopt, check_rank, dora_scale, product
+from phinetune.lora.layer import LoRALayer, adopt, dora_scale, product
 
 
 class Embedding(LoRALayer, nn.Embedding):
@@ -33,7 +33,6 @@ class Embedding(LoRALayer, nn.Embedding):
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, 0.0, merge_weights)
         if r > 0:
-            check_rank(r, num_embeddings, embedding_dim)
             self.lora_A = nn.Parameter(self.weight.new_zeros(r, num_embeddings))
             self.lora_B = nn.Parameter(self.weight.new_zeros(embedding_dim, r))
             self.weight.requires_grad = False
@@ -45,7 +44,9 @@ class Embedding(LoRALayer, nn.Embedding):
         b: Any = base
         options = {k: getattr(b, k) for k in ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")}
         layer = cls(b.num_embeddings, b.embedding_dim, r, lora_alpha, False, **options, device="meta")
-        layer.embed_scale = getattr(base, "embed_scale", None)
+        layer.__dict__["embed_scale"] = getattr(
+            base, "embed_scale", None
+        )  # a buffer of the base: not the layer's to save
         adopted: Embedding = adopt(layer, base, {"lora_A": (r, b.num_embeddings), "lora_B": (b.embedding_dim, r)})
         return adopted
 

@@ -47,11 +47,14 @@ def lora_linear_reference(
     """The definition, in plain torch: what `lora_linear` must equal. Shapes as there."""
     dropped = x if mask is None else x * mask
     y = F.linear(x, dense(weight, x.dtype), bias)
-    rows = y.shape[-1]
-    delta = torch.zeros(rows, x.shape[-1], dtype=lora_A.dtype, device=x.device)
-    for (start, stop), low, high in _slices(spans or ((0, rows),), lora_B.shape[1]):
-        delta = delta.index_add(0, torch.arange(start, stop, device=x.device), lora_B[high] @ lora_A[low])
-    return y + scaling * F.linear(dropped, delta.to(x.dtype))
+    if spans is None or spans == ((0, y.shape[-1]),):
+        return y + scaling * F.linear(F.linear(dropped, lora_A.to(x.dtype)), lora_B.to(x.dtype))
+    parts, end = [], 0
+    for (start, stop), low, high in _slices(spans, lora_B.shape[1]):
+        parts.append(y.new_zeros(*y.shape[:-1], start - end))  # rows without factors
+        parts.append(F.linear(F.linear(dropped, lora_A[low].to(x.dtype)), lora_B[high].to(x.dtype)))
+        end = stop
+    return y + scaling * torch.cat([*parts, y.new_zeros(*y.shape[:-1], y.shape[-1] - end)], dim=-1)
 
 
 def lora_linear(
@@ -72,7 +75,11 @@ def lora_linear(
     """
     spans = spans or ((0, lora_B.shape[0]),)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if (
+        torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
+    ):  # vmap, jvp, tracing see plain torch
+        return lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, mask, spans)
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         x, mask = x.to(dtype), None if mask is None else mask.to(dtype)
         weight = weight if is_quantized(weight) else weight.to(dtype)
@@ -125,7 +132,8 @@ class LoraLinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted: x Aᵀ must depend on x and A again
             down = F.linear(dropped, A)
         slices = list(_slices(ctx.spans, B.shape[1]))
-        up = torch.cat([g[:, start:stop] @ B[high] for (start, stop), _, high in slices], dim=1)  # (N, slices · r)
+        one = len(slices) == 1 and slices[0][0] == (0, g.shape[1])  # over all rows: nothing to cut
+        up = g @ B if one else torch.cat([g[:, a:b] @ B[high] for (a, b), _, high in slices], dim=1)  # (N, slices · r)
         grad_x = grad_W = grad_b = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
             grad_flat = g @ dense(weight, g.dtype)
@@ -141,6 +149,6 @@ class LoraLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_A = (up.t() @ dropped).to(lora_A.dtype).mul_(ctx.scaling)
         if ctx.needs_input_grad[4]:
-            parts = [g[:, start:stop].t() @ down[:, low] for (start, stop), low, _ in slices]
-            grad_B = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(lora_B.dtype).mul_(ctx.scaling)
+            cut = g.t() @ down if one else torch.cat([g[:, a:b].t() @ down[:, low] for (a, b), low, _ in slices])
+            grad_B = cut.to(lora_B.dtype).mul_(ctx.scaling)
         return grad_x, grad_W, grad_b, grad_A, grad_B, None, None, None

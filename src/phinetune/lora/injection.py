@@ -21,7 +21,7 @@ from phinetune.lora.fused import fused_slices
 from phinetune.lora.layer import lora_layers, plain_layer
 from phinetune.lora.linear import Linear, MergedLinear
 from phinetune.lora.start import start
-from phinetune.lora.targets import Target, find_targets, named_modules_to_save
+from phinetune.lora.targets import Target, find_targets, kind_of_layer, named_modules_to_save
 from phinetune.model.quantized import keep_readable
 
 
@@ -38,13 +38,16 @@ class Adapter:
     """Trained biases outside the LoRA layers."""
     base: dict[str, Any] = field(default_factory=dict)
     """The base model's own parts in their places."""
+    lookalikes: list[str] = field(default_factory=list)
+    """Layers of the model that have no factors and whose names end in the name of one that has."""
 
     def parts(self) -> dict[str, Any]:
         """Everything that stands in the model's tree while the adapter is in."""
         return {**self.layers, **self.modules, **self.biases}
 
     def put(self, model: nn.Module) -> None:
-        """Put the adapter into `model`, on its device and in its mode."""
+        """Freeze `model`, which is the plain base, and put the adapter into it, on its device and in its mode."""
+        model.requires_grad_(False)
         for name, layer in self.layers.items():
             layer.to(layer.frozen().device)
             layer.train(self.base[name].training)
@@ -55,8 +58,15 @@ class Adapter:
         _place(model, self.parts())
 
     def take_out(self, model: nn.Module) -> None:
-        """Put the base's own parts back, in the mode that `model` is in."""
+        """Put the base's own parts back, in the mode that `model` is in; they stay frozen.
+
+        Raises AdapterError if the adapter is not in `model` any more, because it was merged or something else took its place.
+        """
         now = self.parts()
+        for name, part in now.items():
+            parent, _, child = name.rpartition(".")
+            if getattr(model.get_submodule(parent), child, None) is not part:
+                raise AdapterError(f"{name}: the adapter is not in the model any more", "was it merged?")
         for name, part in self.base.items():
             if isinstance(part, nn.Module):
                 part.train(now[name].training)
@@ -76,10 +86,6 @@ def inject(model: nn.Module, config: LoraConfig) -> Adapter:
     """
     targets = find_targets(model, config)
     adapter = build_adapter(model, config, targets)
-    model.requires_grad_(False)
-    for part in adapter.parts().values():
-        for parameter in [part] if isinstance(part, nn.Parameter) else _trained(part, config):
-            parameter.requires_grad_(True)
     adapter.put(model)
     return adapter
 
@@ -94,9 +100,29 @@ def _trained(part: nn.Module, config: LoraConfig) -> list[nn.Parameter]:
 
 def build_adapter(model: nn.Module, config: LoraConfig, targets: list[Target]) -> Adapter:
     """An adapter for `targets` with its factors at their start, not yet in `model`."""
-    adapter = Adapter(config)
     keep_readable(model)
-    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        adapter = _build(model, config, targets)
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])  # as it was: nothing is frozen until the adapter goes in
+    for part in adapter.parts().values():
+        for parameter in [part] if isinstance(part, nn.Parameter) else _trained(part, config):
+            parameter.requires_grad_(True)
+    adapter.lookalikes = lookalikes(model, list(adapter.layers))
+    return adapter
+
+
+def lookalikes(model: nn.Module, names: list[str]) -> list[str]:
+    """Layers that could have factors, are not among `names`, and would be taken for one of them by its ending."""
+    endings = tuple(f".{name}" for name in names)
+    modules = {n: m for n, m in model.named_modules() if n not in names and n.endswith(endings)}
+    return [n for n, m in modules.items() if kind_of_layer(m) is not None]
+
+
+def _build(model: nn.Module, config: LoraConfig, targets: list[Target]) -> Adapter:
+    adapter = Adapter(config)
     for target in targets:
         base = model.get_submodule(target.name)
         layer = make_layer(base, target, config)
@@ -113,8 +139,6 @@ def build_adapter(model: nn.Module, config: LoraConfig, targets: list[Target]) -
         if is_bias and not any(name.startswith(f"{i}.") for i in inside):
             adapter.base[name] = parameter
             adapter.biases[name] = nn.Parameter(parameter.detach().clone())
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(frozen[name])  # as it was: nothing is frozen until the adapter goes in
     return adapter
 
 
@@ -178,4 +202,4 @@ def adapter_of(model: nn.Module) -> Adapter:
         use_dora=any(layer.lora_magnitude_vector is not None for layer in layers.values()),
         task_type=None,
     )
-    return Adapter(config, layers, modules, biases)
+    return Adapter(config, layers, modules, biases, lookalikes=lookalikes(model, list(layers)))

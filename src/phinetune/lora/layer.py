@@ -26,6 +26,8 @@ from phinetune.lora.frozen import dense
 class LoRALayer:
     """What every LoRA layer has: rank, alpha, scaling, dropout, and being merged or not. Mixed into torch's own layers.
 
+    A rank above the layer's own is allowed, as in loralib; `inject`, which knows the layer's name, refuses it.
+
     Raises ConfigError for a rank below 0 (0 is a plain layer, as in loralib), a rank that is not a whole number, or dropout outside
     0 to below 1.
     """
@@ -41,17 +43,20 @@ class LoRALayer:
     """DoRA's lengths, (out); None without DoRA."""
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
-        if not isinstance(r, int) or isinstance(r, bool) or r < 0:
+        if not hasattr(r, "__index__") or isinstance(r, bool) or r < 0:
             raise ConfigError(f"r must be a whole number, 0 or above (found: {r!r})")
-        if not 0.0 <= lora_dropout < 1.0:
+        if not isinstance(lora_dropout, int | float) or not 0.0 <= lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout must be at least 0 and below 1 (found: {lora_dropout!r})")
-        self.r, self.lora_alpha = r, lora_alpha
+        if not isinstance(lora_alpha, int | float) or not math.isfinite(lora_alpha):
+            raise ConfigError(f"lora_alpha must be a number (found: {lora_alpha!r})")
+        self.r, self.lora_alpha = int(r), lora_alpha
         self.scaling = lora_alpha / r if r else 0.0
         self.lora_dropout: nn.Module = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
         self.merged, self.merge_weights = False, merge_weights
         if isinstance(self, nn.Module):
             self.register_parameter("lora_magnitude_vector", None)
             self.register_buffer("unmerged_weight", None, persistent=False)
+            self._register_state_dict_hook(_after_save)  # type: ignore[no-untyped-call]
             self.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
             self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
@@ -81,16 +86,22 @@ class LoRALayer:
         """Fold the factors into the weight; the frozen weight is set aside. Nothing happens to a merged layer or one without factors."""
         if not self.merged and getattr(self, "lora_A", None) is not None:
             weight = self.frozen()
-            folded = self.folded()
-            self.unmerged_weight: Tensor | None = weight.data
+            with torch.inference_mode(False), torch.no_grad():  # the weight outlives an inference mode that is on now
+                folded = self.folded()
+            # of layers that share their weight, the first sets it aside for all
+            self.unmerged_weight: Tensor | None = getattr(weight, "unmerged", weight.data)
+            weight.unmerged = self.unmerged_weight
             weight.data = folded
         self.merged = True
 
     def unmerge(self) -> None:
         """Put the frozen weight back, bit for bit."""
         if self.unmerged_weight is not None:
-            self.frozen().data = self.unmerged_weight
+            weight = self.frozen()
+            weight.data = self.unmerged_weight
             self.unmerged_weight = None
+            if hasattr(weight, "unmerged"):
+                del weight.unmerged
         self.merged = False
 
     def train(self, mode: bool = True) -> Any:
@@ -111,11 +122,28 @@ class LoRALayer:
         self.scaling, self.lora_alpha = scaling, scaling * self.r
 
 
-def _before_load(module: Any, *_: Any) -> None:
+_MERGED = "lora_merged"  # in a state dict's metadata: the weight in it has the factors folded in
+
+
+def _after_save(module: Any, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
+    if module.unmerged_weight is not None:
+        metadata[_MERGED] = True
+
+
+def _before_load(module: Any, state: Any, prefix: str, metadata: dict[str, Any], *_: Any) -> None:
     module.unmerge()
+    module.__dict__["loading_merged"] = bool(metadata.get(_MERGED))
 
 
 def _after_load(module: Any, _: Any) -> None:
+    if module.__dict__.pop(
+        "loading_merged", False
+    ):  # saved in eval(): what was folded in is taken off, as near as it can be
+        weight = module.frozen()
+        with torch.no_grad():
+            weight.data = (weight.to(torch.promote_types(weight.dtype, torch.float32)) - module.delta()).to(
+                weight.dtype
+            )
     if module.merge_weights and not module.training:
         module.merge()
 

@@ -17,15 +17,14 @@ from phinetune.errors import ConfigError
 from phinetune.lora.fold import fold
 from phinetune.lora.frozen import dense
 from phinetune.lora.functional import Spans, lora_linear
-from phinetune.lora.layer import LoRALayer, adopt, check_rank, dora_scale, product
+from phinetune.lora.layer import LoRALayer, adopt, dora_scale, product
 
 
 class Linear(LoRALayer, nn.Linear):
     """y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ; x (..., in_features) -> (..., out_features).
 
     W is frozen where r > 0; `lora_A` starts Kaiming-uniform (a = sqrt 5) and `lora_B` at zero, so a fresh layer computes exactly the
-    frozen one (Hu et al. 2021, section 4.1). `fan_in_fan_out` is for weights stored (in, out). Raises ConfigError for r below 0 or
-    larger than the layer.
+    frozen one (Hu et al. 2021, section 4.1). `fan_in_fan_out` is for weights stored (in, out). Raises ConfigError for r below 0.
     """
 
     lora_A_start: Tensor | None
@@ -47,7 +46,6 @@ class Linear(LoRALayer, nn.Linear):
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         self.fan_in_fan_out = fan_in_fan_out
         if r > 0:
-            check_rank(r, in_features, out_features)
             self.lora_A = nn.Parameter(self.weight.new_zeros(r, in_features))
             self.lora_B = nn.Parameter(self.weight.new_zeros(out_features, r))
             self.weight.requires_grad = False
@@ -139,13 +137,12 @@ class MergedLinear(LoRALayer, nn.Linear):
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
-        self.enable_lora, self.fan_in_fan_out = list(enable_lora), fan_in_fan_out
+        self.enable_lora, self.fan_in_fan_out = _switches(enable_lora), fan_in_fan_out
         self.slices = _widths(out_features, self.enable_lora, slices)
         starts = [sum(self.slices[:i]) for i in range(len(self.slices))]
         enabled = zip(starts, self.slices, self.enable_lora, strict=True)
         self.spans: Spans = tuple((start, start + width) for start, width, on in enabled if on)
         if r > 0 and self.spans:
-            check_rank(r, in_features, min(stop - start for start, stop in self.spans))
             rows = sum(stop - start for start, stop in self.spans)
             self.lora_A = nn.Parameter(self.weight.new_zeros(r * len(self.spans), in_features))
             self.lora_B = nn.Parameter(self.weight.new_zeros(rows, r))
@@ -191,6 +188,14 @@ class MergedLinear(LoRALayer, nn.Linear):
         """lora_B cut into the enabled slices: (rows, r) each."""
         return list(torch.split(self.lora_B, [stop - start for start, stop in self.spans]))
 
+    @property
+    def lora_ind(self) -> Tensor:
+        """(out_features), true for the rows of the enabled slices. loralib's name."""
+        found = torch.zeros(self.out_features, dtype=torch.bool, device=self.weight.device)
+        for rows in self.spans:
+            found[slice(*rows)] = True
+        return found
+
     def zero_pad(self, x: Tensor) -> Tensor:
         """x (rows of the enabled slices, ...) -> (out_features, ...), zero elsewhere. loralib's name."""
         result = x.new_zeros(self.out_features, *x.shape[1:])
@@ -223,9 +228,14 @@ class MergedLinear(LoRALayer, nn.Linear):
         return f"{super().extra_repr()}, r={self.r}, slices={self.slices}, enable_lora={self.enable_lora}"
 
 
-def _widths(out_features: int, enable_lora: list[bool], slices: Sequence[int] | None) -> list[int]:
-    if not enable_lora or not all(isinstance(on, bool) for on in enable_lora):
+def _switches(enable_lora: Any) -> list[bool]:
+    values = list(enable_lora) if isinstance(enable_lora, list | tuple) else []
+    if not values or not all(type(on).__name__ in ("bool", "bool_") for on in values):  # numpy's too; 1 and 0 are not
         raise ConfigError(f"enable_lora must be a list of true and false, one a slice (found: {enable_lora!r})")
+    return [bool(on) for on in values]
+
+
+def _widths(out_features: int, enable_lora: list[bool], slices: Sequence[int] | None) -> list[int]:
     if slices is None:
         if out_features % len(enable_lora):
             raise ConfigError(
@@ -233,6 +243,8 @@ def _widths(out_features: int, enable_lora: list[bool], slices: Sequence[int] | 
                 "give the widths of the slices, if they are unequal: slices=[...]",
             )
         return [out_features // len(enable_lora)] * len(enable_lora)
+    if not isinstance(slices, list | tuple) or not all(isinstance(w, int) for w in slices):
+        raise ConfigError(f"slices must be a list of whole numbers, one a slice (found: {slices!r})")
     if len(slices) != len(enable_lora):
         raise ConfigError(f"enable_lora has {len(enable_lora)} entries for {len(slices)} slices")
     if sum(slices) != out_features or min(slices) < 1:

@@ -27,7 +27,9 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     _check_bias(bias)
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
-            parameter.requires_grad = bias == "all" and "bias" in name
+            parameter.requires_grad = False
+        if bias == "all" and "bias" in name:
+            parameter.requires_grad = True
     if bias == "lora_only":
         for module in model.modules():
             if isinstance(module, LoRALayer) and getattr(module, "bias", None) is not None:
@@ -56,14 +58,15 @@ def read_lora_state_dict(file: str | Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise AdapterError(
-            f"{path}: holds objects that are not tensors, which could run code when read; it was not read",
+            f"{path}: is damaged, or holds objects that are not tensors, which could run code when read; it was not read",
             "save model.state_dict() or lora_state_dict(model), not the model itself",
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise AdapterError(f"{path}: cut off or damaged: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever a damaged file makes torch raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise AdapterError(f"{path}: cut off or damaged: {reason}", "copy the file again") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise AdapterError(f"{path}: is not a state dict (names and tensors)")
-    broken = [f"{name}: holds values that are not finite" for name, v in state.items() if not torch.isfinite(v).all()]
+    broken = [f"{name}: {problem}" for name, v in state.items() if (problem := _problem(v))]
     if broken:
         raise AdapterError(broken, f"{path} is damaged, or its training diverged")
     return state
@@ -85,6 +88,13 @@ def load_lora_state_dict(model: nn.Module, file: str | Path) -> None:
     if problems:
         raise AdapterError(problems, f"{file} belongs to another model")
     model.load_state_dict(state, strict=False)
+
+
+def _problem(tensor: Tensor) -> str | None:
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        return f"is a {str(tensor.layout)[6:]} tensor on {tensor.device}, not the values of a layer"
+    wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    return None if torch.isfinite(wide).all() else "holds values that are not finite"
 
 
 def _check_bias(bias: str) -> None:

@@ -42,10 +42,10 @@ def adapter_state(adapter: Adapter, split: bool = False) -> dict[str, Tensor]:
         if layer.lora_magnitude_vector is not None:
             lengths = layer.lora_magnitude_vector
             wide = (1, -1, *(1,) * (layer.conv.weight.dim() - 2)) if isinstance(layer, ConvLoRA) else (-1,)
-            state[f"{name}.lora_magnitude_vector"] = lengths.view(wide)
+            state |= _by_slices(name, layer, lengths.view(wide), "lora_magnitude_vector", split)
         bias = getattr(getattr(layer, "conv", layer), "bias", None)
-        if bias is not None and bias.requires_grad and adapter.config.bias != "none":
-            state[f"{name}.base_layer.bias"] = bias
+        if bias is not None and adapter.config.bias != "none":
+            state |= _by_slices(name, layer, bias, "base_layer.bias", split)
     for name, module in adapter.modules.items():
         state |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
     state |= adapter.biases
@@ -66,6 +66,15 @@ def entries(name: str, layer: Any, split: bool = False) -> list[tuple[str, Tenso
     return [(n, A, rows) for n, rows in zip(names, torch.split(B, list(layer.slice_widths)), strict=True)]
 
 
+def _by_slices(name: str, layer: Any, rows: Tensor, key: str, split: bool) -> dict[str, Tensor]:
+    """`rows` (out, ...) of a layer under `key`; with `split` cut into its slices."""
+    if not split or getattr(layer, "slice_names", None) is None or isinstance(layer, MergedLinear):
+        return {f"{name}.{key}": rows}
+    parent = name.rpartition(".")[0]
+    names = [f"{parent}.{part}" if parent else part for part in layer.slice_names]
+    return {f"{n}.{key}": part for n, part in zip(names, torch.split(rows, list(layer.slice_widths)), strict=True)}
+
+
 def _named(name: str, A: Tensor, B: Tensor, is_embedding: bool) -> dict[str, Tensor]:
     if is_embedding:
         return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
@@ -83,6 +92,12 @@ def peft_config(adapter: Adapter, base_model: str, split: bool = False) -> dict[
     r = Counter(r for r, _ in saved.values()).most_common(1)[0][0]
     alpha = Counter(alpha for rank, alpha in saved.values() if rank == r).most_common(1)[0][0]
     values = {k: v for k, v in asdict(adapter.config).items() if k not in _OURS}
+    exact = {name: f"^{name}" if any(n.endswith(f".{name}") for n in saved) else name for name in saved}
+    taken = [n for n in saved if any(n.endswith(f".{other}") for other in adapter.lookalikes)]
+    if taken:
+        raise AdapterError(
+            f"{taken[0]}: its name ends in that of a layer without factors, which PEFT's format cannot tell apart"
+        )
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,
@@ -90,10 +105,10 @@ def peft_config(adapter: Adapter, base_model: str, split: bool = False) -> dict[
         **values,
         "r": r,
         "lora_alpha": _plain(alpha),
-        "rank_pattern": {name: rank for name, (rank, _) in saved.items() if rank != r},
-        "alpha_pattern": {name: _plain(a) for name, (_, a) in saved.items() if a != alpha},
+        "rank_pattern": {exact[name]: rank for name, (rank, _) in saved.items() if rank != r},
+        "alpha_pattern": {exact[name]: _plain(a) for name, (_, a) in saved.items() if a != alpha},
         "target_modules": list(saved),
-        "exclude_modules": None,
+        "exclude_modules": adapter.lookalikes or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "modules_to_save": list(adapter.modules) or None,

@@ -52,7 +52,7 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: bool = False) -> l
     chosen, unmatched = _choose(model, config, layers, fused)
     if not chosen or not saved:
         _check_chosen(model, config, layers, fused, chosen, unmatched)
-    problems = [p for t in chosen for p in _misfit(t, layers[t.name], config)]
+    problems = [p for t in chosen for p in _misfit(t, layers[t.name], config, saved)]
     names = [n for t in chosen for n in ([t.slice_name(p) for p in t.enabled] if t.slices else [t.name])]
     for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         unused = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", n) for n in names)]
@@ -61,12 +61,7 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: bool = False) -> l
     if config.fan_in_fan_out and not transposed:
         problems.append(f"fan_in_fan_out: {chosen[0].name} is an nn.Linear, which stores its weight (out, in)")
     if problems:
-        rest = (
-            f"{len(problems)} problems; lower r, or leave such layers out with exclude_modules"
-            if len(problems) > 1
-            else ""
-        )
-        raise AdapterError(problems, rest)
+        raise AdapterError(problems, "" if saved else "lower r for such layers, or leave them out with exclude_modules")
     return chosen
 
 
@@ -77,7 +72,17 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
             f"{present[0]}: is a LoRA layer already, as {len(present) - 1} more",
             "merge it first, or keep several adapters on one base with phinetune.lora.Adapters",
         )
-    return {name: m for name, m in model.named_modules() if kind_of_layer(m) is not None}
+    if kind_of_layer(model) is not None:
+        raise AdapterError(
+            f"the model is a single {type(model).__name__}, which cannot be replaced in place", "put it into a module"
+        )
+    passed_by = [  # in evaluation torch's fused kernel reads their weights and never calls them
+        f"{name}.{child}".removeprefix(".")
+        for name, m in model.named_modules()
+        if isinstance(m, nn.TransformerEncoderLayer)
+        for child in ("linear1", "linear2")
+    ]
+    return {n: m for n, m in model.named_modules() if kind_of_layer(m) is not None and n not in passed_by}
 
 
 def kind_of_layer(module: nn.Module) -> Kind | None:
@@ -107,13 +112,19 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def named_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Names of the modules that `modules_to_save` means. Raises AdapterError if an entry matches none."""
+    """Names of the modules that `modules_to_save` means: those that end so, as in PEFT. Raises AdapterError if an entry matches none."""
     names = [n for n, _ in model.named_modules() if n]
-    found = [n for n in names if any(_ends_in(n, target) for target in config.modules_to_save or [])]
-    unmatched = [t for t in config.modules_to_save or [] if not any(_ends_in(n, t) for n in names)]
-    if unmatched:
-        raise AdapterError([f'modules_to_save: "{t}" matches no module{_nearest(t, names)}' for t in unmatched])
-    return found
+    found = [n for n in names if n.endswith(tuple(config.modules_to_save or []))]
+    unmatched = [t for t in config.modules_to_save or [] if not any(n.endswith(t) for n in names)]
+    problems = [f'modules_to_save: "{t}" matches no module{_nearest(t, names)}' for t in unmatched]
+    problems += [
+        f"modules_to_save: {n} has no parameters"
+        for n in found
+        if next(model.get_submodule(n).parameters(), None) is None
+    ]
+    if problems:
+        raise AdapterError(problems)
+    return [n for n in found if not any(n.startswith(f"{outer}.") for outer in found)]
 
 
 def _choose(
@@ -181,17 +192,28 @@ def _check_chosen(
             if here
             else "the model has no numbered layers of that name",
         )
+    excluded = config.exclude_modules or []
+    given = [excluded] if isinstance(excluded, str) else excluded
+    every = [*layers, *(t for n, s in fused.items() for p in s for t in [f"{n.rpartition('.')[0]}.{p}"])]
+    if idle := [e for e in given if not any(_matches(n, e, isinstance(excluded, str)) for n in every)]:
+        raise AdapterError([f'exclude_modules: "{e}" matches no layer{_nearest(e, every)}' for e in idle])
     if not chosen:
-        empty = "exclude_modules: leaves no layer to train" if config.exclude_modules else None
-        raise AdapterError(empty or "target_modules: the model has no linear layers")
+        empty = "target_modules: the model has no linear layers"
+        if config.exclude_modules:
+            empty = "exclude_modules: leaves no layer to train"
+        elif config.modules_to_save and layers:
+            empty = "target_modules: every layer that it means is trained whole, by modules_to_save"
+        raise AdapterError(empty)
 
 
-def _misfit(target: Target, layer: Any, config: LoraConfig) -> list[str]:
+def _misfit(target: Target, layer: Any, config: LoraConfig, saved: bool) -> list[str]:
     """What is wrong with giving `layer` these factors."""
     name, problems = target.name, []
     try:
         check_frozen(name, layer)
-        if target.kind == "linear":
+        if saved:
+            pass  # whatever its rank, it exists
+        elif target.kind == "linear":
             out, features = shape_of(layer)
             narrowest = min([target.slices[p] for p in target.enabled]) if target.slices else out
             check_rank(target.r, features, narrowest)
@@ -199,6 +221,7 @@ def _misfit(target: Target, layer: Any, config: LoraConfig) -> list[str]:
             check_rank(target.r, layer.num_embeddings, layer.embedding_dim)
         else:
             check_rank(target.r, layer.in_channels * _size(layer.kernel_size), layer.out_channels)
+        if target.kind == "conv":
             if layer.groups != 1:
                 problems.append(
                     f"{name}: groups={layer.groups}; grouped convolutions have no factors that could be merged"
