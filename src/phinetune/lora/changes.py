@@ -16,7 +16,7 @@ from torch import Tensor
 
 from phinetune.errors import AdapterError
 from phinetune.lora.adapter import SavedAdapter
-from phinetune.lora.fold import fold
+from phinetune.lora.fold import Folder
 from phinetune.lora.fused import slices_of
 from phinetune.lora.peft_format import PREFIX
 
@@ -52,27 +52,12 @@ class Change:
             raise AdapterError(f"{self.module}: has no factors")
         return self.A, self.B
 
-    def apply(self, weight: Tensor) -> Tensor:
-        """The stored `weight` with the change folded in. The same arithmetic as for a layer in memory, so the same bits."""
-        if self.replacement is not None:
-            return self.replacement.to(weight.dtype).contiguous()
-        return fold(weight, *self.factors(), self.scaling, self.magnitude, self.transposed)
-
-    def surviving(self, weight: Tensor, merged: Tensor, rows: int = 64) -> float:
-        """<merged - W, Δ> / <Δ, Δ> over rows spread over the weight: the share of the change that the rounding left.
-
-        1 for a whole trained tensor and for DoRA, whose change is not a sum.
-        """
-        if self.replacement is not None or self.magnitude is not None:
-            return 1.0
-        A, B = (factor.float() for factor in self.factors())
-        if self.transposed:
-            A, B = B.t(), A.t()
-        picked = torch.linspace(0, weight.shape[0] - 1, min(rows, weight.shape[0])).long()
-        delta = self.scaling * (B[picked] @ A)
-        moved = (merged[picked].float() - weight[picked].float()).flatten(1)
-        size = float((delta * delta).sum())
-        return float((moved * delta).sum()) / size if size else 1.0
+    def folder(self, shape: tuple[int, ...], dtype: torch.dtype) -> Folder:
+        """What folds the factors into a stored weight of this shape and dtype, block by block."""
+        rows = shape[0]
+        return Folder(
+            (rows, math.prod(shape[1:])), dtype, *self.factors(), self.scaling, self.magnitude, self.transposed
+        )
 
 
 def read_changes(saved: SavedAdapter, model_type: str = "") -> tuple[dict[str, Change], dict[str, Tensor]]:

@@ -5,9 +5,10 @@ The header is read, the tensors are not; nothing is mapped into memory, so what 
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,41 +51,44 @@ class Layout:
         return {name: tuple(entry["shape"]) for header in self.headers.values() for name, entry in header.items()}
 
 
-def copy_bytes(read: BinaryIO, write: BinaryIO, start: int, stop: int) -> None:
-    """Bytes from file to file, inside the kernel where it can."""
-    read.seek(start)
-    left = stop - start
-    if hasattr(os, "sendfile"):
-        offset = start
-        while left:
-            sent = os.sendfile(write.fileno(), read.fileno(), offset, min(left, 1 << 30))
-            if sent == 0:
-                raise ModelError("a file of the base model ended early")
-            offset, left = offset + sent, left - sent
-        return
-    while left:
-        block = read.read(min(left, _CHUNK))
-        write.write(block)
-        left -= len(block)
-
-
-def read_tensor(read: BinaryIO, start: int, stop: int, entry: Any) -> Tensor:
-    """The tensor in bytes `start` to `stop`, on its own memory."""
-    buffer = bytearray(stop - start)
-    read.seek(start)
-    view = memoryview(buffer)
-    while view:
-        count = read.readinto(view)  # type: ignore[attr-defined]
-        if not count:
+def copy_bytes(source: int, target: int, start: int, stop: int, to: int) -> None:
+    """Bytes `start` to `stop` of one open file to offset `to` of another, inside the kernel where it can."""
+    inside = hasattr(os, "copy_file_range")
+    while start < stop:
+        count = 0
+        if inside:
+            try:
+                count = os.copy_file_range(source, target, min(stop - start, 1 << 30), start, to)
+            except OSError as error:  # between file systems, or one that cannot
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                inside = False
+                continue
+        else:
+            block = os.pread(source, min(stop - start, _CHUNK), start)
+            count = len(block)
+            write_all(target, memoryview(block), to)
+        if count == 0:
             raise ModelError("a file of the base model ended early")
-        view = view[count:]
-    dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-    return torch.frombuffer(buffer, dtype=dtype).view(shape) if buffer else torch.empty(shape, dtype=dtype)
+        start, to = start + count, to + count
 
 
-def write_tensor(write: BinaryIO, tensor: Tensor) -> None:
-    """The bytes of `tensor`."""
-    if tensor.numel():
-        view = memoryview(cast(Any, tensor.contiguous().view(-1).view(torch.uint8).numpy()))
-        while view:
-            view = view[write.write(view) :]
+def read_all(source: int, buffer: memoryview, start: int) -> None:
+    """Fill `buffer` from offset `start` of an open file."""
+    while buffer:
+        count = os.preadv(source, [buffer], start)
+        if count == 0:
+            raise ModelError("a file of the base model ended early")
+        buffer, start = buffer[count:], start + count
+
+
+def write_all(target: int, buffer: memoryview, to: int) -> None:
+    """Write `buffer` to offset `to` of an open file."""
+    while buffer:
+        count = os.pwrite(target, buffer, to)
+        buffer, to = buffer[count:], to + count
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy())) if tensor.numel() else memoryview(b"")

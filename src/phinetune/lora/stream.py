@@ -2,7 +2,7 @@
 
 The base model is never loaded. Each safetensors file is written anew: tensors that the adapter leaves alone are copied byte for byte,
 those that it changes are read one at a time, changed (`changes.py`) and written in the dtype they had. A file appears under its name
-only when it is whole, so a merge that was killed goes on with the file it was at. Beside one tensor and the adapter nothing is held in
+only when it is whole, so a merge that was killed goes on with the files it was at. Beside one tensor and the adapter nothing is held in
 memory.
 
 Where input and output embedding share one tensor and the adapter changes one of the two, both are written and `config.json` says that
@@ -11,11 +11,15 @@ they are apart. Not here: which base model belongs to the adapter, tokenizers, p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +31,13 @@ from phinetune.errors import AdapterError, ModelError
 from phinetune.events import OnEvent, Progress, log_event
 from phinetune.lora.adapter import read_adapter
 from phinetune.lora.changes import Change, join_slices, read_changes
-from phinetune.lora.fold import check_finite
+from phinetune.lora.fold import check_finite, not_finite
 from phinetune.lora.peft_format import PREFIX
-from phinetune.lora.shards import DTYPES, Layout, copy_bytes, read_tensor, write_tensor
+from phinetune.lora.shards import DTYPES, Layout, bytes_of, copy_bytes, read_all, write_all
 from phinetune.model.folder import weight_files
 
 INDEX = "model.safetensors.index.json"
+_WORKERS = max(2, min(8, os.cpu_count() or 2))  # each holds one block of rows, and computes on one core
 JOURNAL = "merge.json"
 """In the output folder while a merge is under way: its inputs, and the files that are whole."""
 
@@ -74,16 +79,30 @@ def merge_files(
     _check_shapes(layout, plan)
     output.mkdir(parents=True, exist_ok=True)
     journal = _Journal(output, files, Path(adapter), bool(restore))
-    total, done = sum(f.stat().st_size for f in files), 0
-    for file in files:
-        if not journal.has(file.name):
-            part = _write_shard(file, output / file.name, layout, plan, restore, (done, total), on_event)
-            journal.add(file.name, part)
-        done += file.stat().st_size
-        on_event(Progress("merging", done, total))
+    wanted = [file for file in files if not journal.has(file.name)]
+    progress = _Count(on_event, sum(f.stat().st_size for f in files), sum(f.stat().st_size for f in wanted))
+    threads = torch.get_num_threads()
+    try:
+        for group in (wanted[i : i + _WORKERS] for i in range(0, len(wanted), _WORKERS)):
+            _write_shards([_Shard(f, output / f.name, layout, plan, restore) for f in group], journal, progress)
+        progress.add(progress.total - progress.done)  # headers, padding
+    finally:
+        torch.set_num_threads(threads)
     _write_json_files(base, output, layout, plan)
     changed = [*plan.changes.values(), *(c for _, c in plan.added.values() if c is not None)]
     return journal.close(sum(c.replacement is None for c in changed), bool(plan.added))
+
+
+class _Count:
+    """Tells how many bytes of the files are done; `waiting` of them are still to be written."""
+
+    def __init__(self, on_event: OnEvent, total: int, waiting: int) -> None:
+        self.on_event, self.total, self.done = on_event, total, total - waiting
+
+    def add(self, size: int) -> None:
+        """`size` more bytes are done."""
+        self.done += size
+        self.on_event(Progress("merging", min(self.done, self.total), self.total))
 
 
 class _Journal:
@@ -211,55 +230,126 @@ def _read(file: Path) -> Any:
         return None
 
 
-def _write_shard(
-    source: Path,
-    target: Path,
-    layout: Layout,
-    plan: _Plan,
-    restore: Restore | None,
-    progress: tuple[int, int],
-    on_event: OnEvent,
-) -> MergeReport:
-    """Write one file whole: header, the tensors in the order of the source, then those that were added."""
-    header, report = layout.headers[source], MergeReport()
-    added = {name: origin for name, (origin, _) in plan.added.items() if origin in header}
-    entries = {name: dict(entry) for name, entry in header.items()}
-    end = max((e["data_offsets"][1] for e in entries.values()), default=0)
-    for name, origin in added.items():
-        size = header[origin]["data_offsets"][1] - header[origin]["data_offsets"][0]
-        entries[name] = {**header[origin], "data_offsets": [end, end + size]}
-        end += size
-    metadata = layout.metadata[source]
-    raw = json.dumps({**({"__metadata__": metadata} if metadata else {}), **entries}, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    temporary = target.with_name(f".{target.name}.part")
-    with source.open("rb", buffering=0) as read, temporary.open("wb", buffering=0) as write:
-        write.write(len(raw).to_bytes(8, "little") + raw)
-        for name in entries:
-            origin = added.get(name, name)
-            change = plan.added[name][1] if name in added else plan.changes.get(name)
-            start, stop = (layout.starts[source] + offset for offset in header[origin]["data_offsets"])
-            if change is None and (restore is None or header[origin]["dtype"] not in DTYPES):
-                copy_bytes(read, write, start, stop)
-                report.tensors_copied += 1
-            else:
-                weight = read_tensor(read, start, stop, header[origin])
-                write_tensor(write, _changed(name, weight, change, restore, report))
-            on_event(Progress("merging", progress[0] + min(stop, source.stat().st_size), progress[1]))
-    os.replace(temporary, target)
-    return report
+def _write_shards(shards: list[_Shard], journal: _Journal, progress: _Count) -> None:
+    """Write a few files at once, their tensors in turn: a file takes one write at a time, so threads had better be at several."""
+    with contextlib.ExitStack() as stack:
+        for shard in shards:
+            shard.open(stack)
+        pool = stack.enter_context(ThreadPoolExecutor(_WORKERS))
+        in_turn = [job for row in zip_longest(*([(s, n) for n in s.entries] for s in shards)) for job in row if job]
+        jobs = {pool.submit(shard.write_tensor, name): (shard, name) for shard, name in in_turn}
+        left = {id(shard): len(shard.entries) for shard in shards}
+        try:
+            for shard in (s for s in shards if not s.entries):
+                journal.add(shard.target.name, shard.close())
+            for job in as_completed(jobs):
+                job.result()
+                shard, name = jobs[job]
+                left[id(shard)] -= 1
+                if not left[id(shard)]:
+                    journal.add(shard.target.name, shard.close())
+                progress.add(shard.size_of(name))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def _changed(name: str, weight: Tensor, change: Change | None, restore: Restore | None, report: MergeReport) -> Tensor:
-    """`weight` as it is to be written."""
-    restored = weight if restore is None else restore(name, weight)
-    if change is None:
-        report.tensors_copied += restored is weight
-        return restored
-    merged = change.apply(restored)
-    check_finite(name, merged)
-    report.surviving[change.module] = change.surviving(restored, merged)
-    return merged
+class _Shard:
+    """One file of the model on its way: the header of the new file, and its tensors, each written on its own."""
+
+    def __init__(self, source: Path, target: Path, layout: Layout, plan: _Plan, restore: Restore | None) -> None:
+        self.source, self.target, self.layout, self.plan, self.restore = source, target, layout, plan, restore
+        self.part = target.with_name(f".{target.name}.part")
+        header = layout.headers[source]
+        self.origins = {**{name: name for name in header}, **{n: o for n, (o, _) in plan.added.items() if o in header}}
+        self.entries: dict[str, Any] = {}
+        end = 0
+        for name, origin in self.origins.items():
+            size = header[origin]["data_offsets"][1] - header[origin]["data_offsets"][0]
+            self.entries[name] = {**header[origin], "data_offsets": [end, end + size]}
+            end += size
+        metadata = layout.metadata[source]
+        text = {**({"__metadata__": metadata} if metadata else {}), **self.entries}
+        raw = json.dumps(text, separators=(",", ":")).encode()
+        self.raw = raw + b" " * (-len(raw) % 8)
+        self.start = 8 + len(self.raw)
+        self.size = self.start + end
+        self.report, self.lock = MergeReport(), threading.Lock()
+
+    def open(self, stack: contextlib.ExitStack) -> None:
+        """Open both files and write the header."""
+        self.read: int = stack.enter_context(self.source.open("rb")).fileno()
+        self.file = stack.enter_context(self.part.open("wb"))
+        self.write: int = self.file.fileno()
+        os.truncate(self.part, self.size)
+        write_all(self.write, memoryview(len(self.raw).to_bytes(8, "little") + self.raw), 0)
+
+    def close(self) -> MergeReport:
+        """Every tensor is written: give the file its name."""
+        self.file.close()
+        os.replace(self.part, self.target)
+        return self.report
+
+    def size_of(self, name: str) -> int:
+        """Bytes of a tensor."""
+        start, stop = self.entries[name]["data_offsets"]
+        return int(stop - start)
+
+    def write_tensor(self, name: str) -> None:
+        """Copy one tensor, or change it on the way."""
+        torch.set_num_threads(1)  # the other threads are at other tensors
+        origin = self.origins[name]
+        change = self.plan.changes.get(name) if name == origin else self.plan.added[name][1]
+        entry = self.layout.headers[self.source][origin]
+        start, stop = (self.layout.starts[self.source] + offset for offset in entry["data_offsets"])
+        to = self.start + self.entries[name]["data_offsets"][0]
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None or (change is None and self.restore is None):
+            copy_bytes(self.read, self.write, start, stop, to)
+            with self.lock:
+                self.report.tensors_copied += 1
+        elif change is not None and change.replacement is not None:
+            whole = change.replacement.to(dtype).contiguous()
+            check_finite(name, whole)
+            write_all(self.write, bytes_of(whole), to)
+        elif self.restore is not None:
+            self._restored(name, change, start, entry, to)
+        elif change is not None:
+            self._folded(name, change, start, entry, to)
+
+    def _folded(self, name: str, change: Change, start: int, entry: Any, to: int) -> None:
+        """Read a block of rows, fold, write: the block never leaves the cache."""
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        folder = change.folder(shape, dtype)
+        row = folder.shape[1] * dtype.itemsize
+        buffer: Tensor | None = None
+        for first, last in folder.blocks():
+            if buffer is None:
+                buffer = torch.empty(last - first, folder.shape[1], dtype=dtype)
+            block = buffer[: last - first]
+            read_all(self.read, bytes_of(block), start + first * row)
+            if not folder.fold(block, first, last):
+                raise not_finite(name, dtype)
+            write_all(self.write, bytes_of(block), to + first * row)
+        with self.lock:
+            self.report.surviving[change.module] = folder.surviving
+
+    def _restored(self, name: str, change: Change | None, start: int, entry: Any, to: int) -> None:
+        """A tensor as the training saw it, with its change if it has one: needed whole."""
+        weight = torch.empty(tuple(entry["shape"]), dtype=DTYPES[entry["dtype"]])
+        read_all(self.read, bytes_of(weight), start)
+        restored = weight if self.restore is None else self.restore(name, weight)
+        kept = restored is weight and change is None
+        if change is not None:
+            folder, flat = change.folder(tuple(weight.shape), weight.dtype), restored.clone().flatten(1)
+            if not all(folder.fold(flat[first:last], first, last) for first, last in list(folder.blocks())):
+                raise not_finite(name, weight.dtype)
+            restored = flat
+        write_all(self.write, bytes_of(restored.contiguous()), to)
+        with self.lock:
+            self.report.tensors_copied += kept
+            if change is not None:
+                self.report.surviving[change.module] = folder.surviving
 
 
 def _write_json_files(base: Path, output: Path, layout: Layout, plan: _Plan) -> None:
