@@ -184,7 +184,7 @@ def test_model_target_and_output_errors(llama_folder: Path, tone_file: Path, tmp
     common = ["finetune", *data_args(tone_file), "--output", str(out)]
     assert "no such model folder" in refused(*common, "--model", str(tmp_path / "nowhere"))
     text = refused(*common, "--model", str(llama_folder), "--set", "peft_config.target_modules=[q_prj]")
-    assert '"q_prj" matches no linear layer, did you mean "q_proj"?' in text and "down_proj" in text
+    assert '"q_prj" matches no layer that can have factors, did you mean "q_proj"?' in text and "down_proj" in text
     assert not out.exists() and not list(tmp_path.glob("*.partial"))
     out.write_text("a file")
     assert "is a file, not a folder" in refused(*common, "--model", str(llama_folder))

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from phinetune.data.batches import padded_batch, tree_batch
 from phinetune.errors import TrainingError
 from phinetune.lora.config import LoraConfig
-from phinetune.lora.inject import inject
-from phinetune.lora.layers import lora_layers
+from phinetune.lora.injection import inject
+from phinetune.lora.layer import lora_layers
 from phinetune.training.loss import head_only_at, learned_positions, supervised_loss
 from tiny import tiny_model
 

@@ -149,7 +149,7 @@ def test_fp16_becomes_what_the_machine_has_and_says_so(notes: list[str]) -> None
         ({"torch_dtyp": "bfloat16"}, r'model_kwargs\.torch_dtyp: unknown key, did you mean "torch_dtype"\?'),
         ({"torch_dtype": "int8"}, "not a floating point type"),
         ({"attn_implementation": "flash"}, r"model_kwargs\.attn_implementation: unknown 'flash'"),
-        ({"load_in_4bit": True}, "not supported yet"),
+        ({"load_in_8bit": True}, "not supported yet"),
         ({"device_map": "gpu"}, "not a device"),
         ({"trust_remote_code": "yes"}, "must be true or false"),
     ],

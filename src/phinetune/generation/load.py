@@ -88,12 +88,12 @@ def adapter_base(folder: Path, base_model: str | None = None, on_event: OnEvent 
     """The folder of the base model that the adapter in `folder` belongs to, checked by content."""
     from phinetune.lora.adapter import read_adapter
 
-    manifest = read_manifest(folder)
-    name = base_model or manifest.get("base_model") or read_adapter(folder).base_model
+    manifest, saved = read_manifest(folder), read_adapter(folder)
+    name = base_model or manifest.get("base_model") or saved.base_model
     if not name:
         raise AdapterError(f"{folder}: does not say which base model it belongs to", "name it with --base-model")
     base = resolve_model(name, on_event=on_event)
-    expected = manifest.get("base_key")
+    expected = manifest.get("base_key") or saved.base_key
     if expected is None:
         on_event(
             Note(

@@ -63,7 +63,20 @@ def save_adapter(
     write_json(folder / CONFIG_FILE, peft_config(adapter, base_model, split))
     temporary = folder / f".{WEIGHTS_FILE}"
     save_file(state, str(temporary), metadata={"format": "pt", **({"base_key": base_key} if base_key else {})})
+    _order_header(temporary)
     temporary.replace(folder / WEIGHTS_FILE)
+
+
+def _order_header(file: Path) -> None:
+    """Put the metadata of a safetensors file in order, in place: the library writes it in another order each time."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            stream.seek(8)
+            stream.write(text.ljust(length))
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:

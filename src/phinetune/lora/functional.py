@@ -89,9 +89,44 @@ def lora_linear(
     return _apply(x, weight, bias, lora_A, lora_B, scaling, mask, spans)
 
 
-def _apply(*args: object) -> Tensor:
-    result: Tensor = LoraLinearFunction.apply(*args)  # type: ignore[no-untyped-call]
+def _apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    spans: Spans,
+) -> Tensor:
+    operands = (x, weight, bias, lora_A, lora_B, scaling, mask, spans)
+    if not torch.is_grad_enabled():
+        return _forward(*operands)[0]
+    result: Tensor = LoraLinearFunction.apply(*operands)  # type: ignore[no-untyped-call]
     return result
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    spans: Spans,
+) -> tuple[Tensor, Tensor]:
+    """(y (..., out), x̃ Aᵀ (N, slices · r))."""
+    flat = x.reshape(-1, x.shape[-1])  # (N, in)
+    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    down = F.linear(flat if mask is None else flat * mask.reshape(flat.shape), A)
+    y = F.linear(
+        x, dense(weight, x.dtype), bias
+    )  # (..., out), no view of another tensor: models may change it in place
+    rows = y.view(-1, y.shape[-1])
+    for (start, stop), low, high in _slices(spans, B.shape[1]):
+        rows[:, start:stop].addmm_(down[:, low], B[high].t(), alpha=scaling)
+    return y, down
 
 
 def _slices(spans: Spans, r: int) -> Iterator[tuple[tuple[int, int], slice, slice]]:
@@ -107,15 +142,7 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, mask, spans):  # type: ignore[no-untyped-def]
-        flat = x.reshape(-1, x.shape[-1])  # (N, in)
-        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        down = F.linear(flat if mask is None else flat * mask.reshape(flat.shape), A)  # (N, slices · r)
-        y = F.linear(
-            x, dense(weight, x.dtype), bias
-        )  # (..., out); a view of it could not be changed in place by the model
-        rows = y.view(-1, y.shape[-1])
-        for (start, stop), low, high in _slices(spans, B.shape[1]):
-            rows[:, start:stop].addmm_(down[:, low], B[high].t(), alpha=scaling)
+        y, down = _forward(x, weight, bias, lora_A, lora_B, scaling, mask, spans)
         ctx.quantized = weight if is_quantized(weight) else None  # its dense form is made again when it is needed
         ctx.save_for_backward(x, None if ctx.quantized is not None else weight, lora_A, lora_B, down, mask)
         ctx.scaling, ctx.spans = scaling, spans

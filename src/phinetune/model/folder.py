@@ -7,6 +7,7 @@ reading headers, before any weight is loaded.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -147,7 +148,14 @@ def base_key(folder: Path) -> str:
     """sha256 of a base model's content: weights, config, tokenizer, template, code. Adapters carry it, to be loaded on no other base."""
     endings = (".json", ".jinja", ".model", ".txt", ".py")
     small = [f for f in folder.iterdir() if f.suffix in endings and f.name not in (MANIFEST, BUILDING)]
-    return file_hash(*sorted(small), *weight_files(folder)[0])
+    files = [*sorted(small), *weight_files(folder)[0]]
+    return _hash_once(tuple((str(f.resolve()), s.st_size, s.st_mtime_ns) for f in files if (s := f.stat())))
+
+
+@functools.lru_cache(maxsize=8)
+def _hash_once(files: tuple[tuple[str, int, int], ...]) -> str:
+    """sha256 of files given by name, size and time: gigabytes are read once in a process."""
+    return file_hash(*(Path(name) for name, _, _ in files))
 
 
 def stored_dtype(folder: Path) -> Any:
