@@ -56,6 +56,60 @@ def test_gradcheck(bias: bool, mask: bool) -> None:
     assert torch.autograd.gradcheck(lora_linear, operands(3, 4, 5, 2, bias, mask, torch.float64))
 
 
+SPANS = ((0, 1), (3, 5))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_gradcheck_by_slices_with_a_weight_and_a_bias_that_learn(mask: bool) -> None:
+    x, w, b, A, _, s, m = operands(3, 4, 5, 2, True, mask, torch.float64)
+    A = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    B = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    args = [x, w.requires_grad_(), b.requires_grad_(), A, B, s, m, SPANS]
+    assert torch.autograd.gradcheck(lora_linear, args)
+    assert torch.autograd.gradgradcheck(lora_linear, args)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 5), st.booleans()), min_size=1, max_size=5), st.integers(1, 3), st.booleans())
+def test_function_by_slices_equals_reference_in_value_and_every_gradient(
+    slices: list[tuple[int, bool]], r: int, mask: bool
+) -> None:
+    starts = [sum(w for w, _ in slices[:i]) for i in range(len(slices))]
+    spans = tuple((start, start + w) for start, (w, on) in zip(starts, slices, strict=True) if on)
+    if not spans:
+        return
+    out, rows = sum(w for w, _ in slices), sum(stop - start for start, stop in spans)
+    x, w, b, _, _, s, m = operands(3, 6, out, r, True, mask, torch.float64)
+    A = torch.randn(r * len(spans), 6, dtype=torch.float64, requires_grad=True)
+    B = torch.randn(rows, r, dtype=torch.float64, requires_grad=True)
+    leaves = [x, A, B]
+    ours, theirs = (f(x, w, b, A, B, s, m, spans) for f in (lora_linear, lora_linear_reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(lora_linear(x, w, b, A, B, s, m, spans), ours)
+    g = torch.randn_like(ours)
+    for a, c in zip(torch.autograd.grad(ours, leaves, g), torch.autograd.grad(theirs, leaves, g), strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-10, atol=1e-10)
+
+
+def test_under_autocast_it_computes_in_autocasts_dtype() -> None:
+    x, w, b, A, B, s, _ = operands(3, 6, 5, 2, True, False, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lora_linear(x, w, b, A, B, s)
+        y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == A.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), lora_linear_reference(x, w, b, A, B, s), rtol=0.05, atol=0.2)
+
+
+def test_bfloat16_by_slices_stays_within_rounding_of_the_float32_reference() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(64, 48), torch.randn(5, 48) / 7
+    A, B = torch.randn(8, 48) / 7, torch.randn(3, 4)
+    half = lora_linear(x.bfloat16(), w.bfloat16(), None, A, B, 1.0, None, SPANS)
+    full = lora_linear_reference(x, w, None, A, B, 1.0, None, SPANS)
+    assert (half.float() - full).abs().max() < 0.02 * full.abs().max()
+
+
 def test_bfloat16_stays_within_rounding_of_the_float32_reference() -> None:
     torch.manual_seed(0)
     x, w = torch.randn(64, 48), torch.randn(32, 48) / 7
