@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import phinetune.lora as lora
-from phinetune.errors import AdapterError, ModelError
+from phinetune.errors import AdapterError, ModelError, OutputError
 from phinetune.events import Progress
 from phinetune.lora.adapter import WEIGHTS_FILE
 from phinetune.lora.config import LoraConfig
@@ -239,6 +239,148 @@ def test_how_much_of_a_change_the_rounding_leaves_is_measured(tmp_path: Path) ->
     )
 
 
+def test_a_change_smaller_than_the_rounding_is_seen_in_slices_too(tmp_path: Path) -> None:
+    model = tiny_model("phi3").to(torch.bfloat16)
+    base = written(model, tmp_path / "base")
+    adapter = lora.inject(model, LoraConfig(r=4, target_modules=["v_proj"]))
+    for layer in adapter.layers.values():
+        nn.init.normal_(layer.lora_B, std=1e-7)
+    lora.save_adapter(adapter, tmp_path / "adapter")
+    assert max(merge_files(base, tmp_path / "adapter", tmp_path / "out").surviving.values()) < 0.5
+
+
+def test_an_adapter_that_was_never_trained_has_no_change_to_lose(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    base = written(model, tmp_path / "base")
+    lora.save_adapter(lora.inject(model, LoraConfig(r=4)), tmp_path / "adapter")
+    report = merge_files(base, tmp_path / "adapter", tmp_path / "out")
+    assert report.layers == 14 and not report.surviving
+    assert raw_tensors(base) == raw_tensors(tmp_path / "out")
+
+
+def saved_by_peft(model: Any, folder: Path, **config: Any) -> torch.Tensor:
+    import peft
+
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **config))
+    torch.manual_seed(2)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    wrapped.save_pretrained(str(folder))
+    logits: torch.Tensor = wrapped.eval()(IDS).logits.detach()
+    return logits
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ["embed_tokens", "q_proj"]], ids=["head", "embedding"])
+def test_the_copies_that_peft_saves_beside_factors_do_not_take_their_place(
+    tie: bool, targets: list[str], tmp_path: Path
+) -> None:
+    base = written(tiny_model("llama", tie), tmp_path / "base")
+    adapted = saved_by_peft(loaded(base), tmp_path / "adapter", target_modules=targets)
+    assert any("base_layer" in name for name in load_file(str(tmp_path / "adapter" / WEIGHTS_FILE)))
+    merge_files(base, tmp_path / "adapter", tmp_path / "out")
+    assert (loaded(tmp_path / "out")(IDS).logits - adapted).abs().max() < 1e-4
+    copied = next(n for n in load_file(str(tmp_path / "adapter" / WEIGHTS_FILE)) if "base_layer" in n)
+    change_adapter(tmp_path / "adapter", lambda s: s[copied].add_(1))
+    with pytest.raises(AdapterError, match="is not the base model's"):
+        merge_files(base, tmp_path / "adapter", tmp_path / "other")
+
+
+def test_trained_biases_and_modules_of_peft_merge(tmp_path: Path) -> None:
+    base = written(zoo_model("gpt2"), tmp_path / "base")
+    options = {"target_modules": ["c_fc"], "bias": "all", "modules_to_save": ["ln_f"], "fan_in_fan_out": True}
+    adapted = saved_by_peft(loaded(base), tmp_path / "adapter", **options)
+    merge_files(base, tmp_path / "adapter", tmp_path / "out")
+    assert (loaded(tmp_path / "out")(IDS).logits - adapted).abs().max() < 1e-4
+
+
+def test_embeddings_that_are_tied_without_the_config_saying_so_come_apart(tmp_path: Path) -> None:
+    base = written(zoo_model("gpt2"), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)  # as in the files that people have of GPT-2
+    (base / "config.json").write_text(json.dumps(config))
+    adapted = trained(loaded(base), tmp_path / "adapter", target_modules=["wte"])
+    assert merge_files(base, tmp_path / "adapter", tmp_path / "out").untied
+    assert (loaded(tmp_path / "out")(IDS).logits - adapted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["phi3", "gpt2"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_whole_fused_layers_that_were_saved_split_merge(kind: str, dora: bool, tmp_path: Path) -> None:
+    base = written(zoo_model(kind), tmp_path / "base")
+    targets = {"phi3": ["qkv_proj", "gate_up_proj"], "gpt2": ["c_attn"]}[kind]
+    bias = "lora_only" if kind == "gpt2" else "none"
+    adapted = trained(loaded(base), tmp_path / "adapter", True, target_modules=targets, use_dora=dora, bias=bias)
+    merge_files(base, tmp_path / "adapter", tmp_path / "out")
+    assert (loaded(tmp_path / "out")(IDS).logits - adapted).abs().max() < 1e-4
+
+
+def test_square_layers_of_gpt2_are_known_without_a_config_by_the_adapter(tmp_path: Path) -> None:
+    base = written(zoo_model("gpt2"), tmp_path / "base")
+    adapted = trained(loaded(base), tmp_path / "adapter", target_modules=[r"attn.c_proj"])
+    config = (base / "config.json").read_text()
+    (base / "config.json").unlink()
+    merge_files(base, tmp_path / "adapter", tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text(config)
+    assert (loaded(tmp_path / "out")(IDS).logits - adapted).abs().max() < 1e-4
+
+
+# Output folders: nothing that is not the merge's own is touched.
+
+
+def test_the_base_and_the_adapter_are_never_written_into(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, _ = folders
+    (tmp_path / "link").symlink_to(base)
+    before = raw_tensors(base)
+    for output in (base, adapter, tmp_path / "link"):
+        with pytest.raises(OutputError, match="is an input of the merge"):
+            merge_files(base, adapter, output)
+    assert raw_tensors(base) == before
+
+
+def test_files_that_no_merge_wrote_are_left_alone(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, out = folders
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"somebody's")
+    with pytest.raises(OutputError, match="is there already, and no merge wrote it"):
+        merge_files(base, adapter, out)
+    assert (out / "model.safetensors").read_bytes() == b"somebody's"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is a file, not a folder"):
+        merge_files(base, adapter, tmp_path / "file")
+
+
+@pytest.mark.parametrize("journal", ["[]", '{"whole": []}', '{"whole": {"model.safetensors": 3}}', "{"])
+def test_a_damaged_journal_is_started_over(journal: str, tmp_path: Path) -> None:
+    base = written(tiny_model("llama"), tmp_path / "base", "60KB")
+    trained(tiny_model("llama"), tmp_path / "adapter")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "merge.json").write_text(journal)
+    assert merge_files(base, tmp_path / "adapter", tmp_path / "out").layers == 14
+
+
+def test_a_finished_file_that_was_changed_since_is_written_again(tmp_path: Path) -> None:
+    base = written(tiny_model("llama"), tmp_path / "base", "60KB")
+    trained(tiny_model("llama"), tmp_path / "adapter")
+    arguments = [sys.executable, "-c", KILLED, str(base), str(tmp_path / "adapter"), str(tmp_path / "out"), "20"]
+    assert subprocess.run(arguments, env=os.environ).returncode == -signal.SIGKILL
+    whole = next((tmp_path / "out").glob("[!.]*.safetensors"))
+    whole.write_bytes(whole.read_bytes()[:100])
+    merge_files(base, tmp_path / "adapter", tmp_path / "out")
+    merge_files(base, tmp_path / "adapter", tmp_path / "fresh")
+    assert raw_tensors(tmp_path / "out") == raw_tensors(tmp_path / "fresh")
+
+
+def test_another_bases_key_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    base = written(model, tmp_path / "base")
+    lora.save_adapter(lora.inject(model, LoraConfig(r=2)), tmp_path / "adapter", base_key="one")
+    merge_files(base, tmp_path / "adapter", tmp_path / "out", base_key="one")
+    with pytest.raises(AdapterError, match="was trained on another base model"):
+        merge_files(base, tmp_path / "adapter", tmp_path / "out2", base_key="two")
+
+
 # Bad input: one error that names everything, and nothing under the output's names.
 
 
@@ -263,8 +405,15 @@ UP = "base_model.model.model.layers.0.mlp.up_proj"
     [
         (lambda s: s.update({f"{UP}.lora_A.weight": torch.full((4, 64), float("nan"))}), "up_proj.lora_A.weight: holds values"),
         (lambda s: s.pop(f"{UP}.lora_B.weight"), "up_proj: one of its two factors is missing"),
+        (lambda s: [s.pop(k) for k in list(s) if "layers.1" in k], "layers.1.mlp.up_proj: is targeted, and missing in the file"),
+        (lambda s: s.clear(), "the adapter's file holds no tensors"),
+        (lambda s: s.update({f"{UP}.lora_A.weight": torch.zeros(2, 64)}), r"up_proj: its factors have shapes \(2, 64\)"),
+        (lambda s: s.update({f"{UP}.lora_magnitude_vector": torch.ones(96)}), "up_proj: has DoRA lengths"),
+        (lambda s: s.update({k.replace("mlp.up_proj", "input_layernorm"): s.pop(k) for k in list(s) if "0.mlp.up_proj" in k}), "input_layernorm.weight is"),
+        (lambda s: s.update({f"{UP}.lora_A.weight": torch.zeros(4, 64, dtype=torch.complex64)}), "not the values of a layer"),
         (lambda s: s.update({f"{UP}.lora_B.weight": torch.zeros(95, 4)}), r"is for a weight of \(95, 64\)"),
         (lambda s: s.update({k.replace("up_proj", "in_proj"): s.pop(k) for k in list(s)}), "in_proj.weight: the base model's files have no"),
+        (lambda s: s.update({k.replace("model.model.", "model.outer.model."): v.clone() for k, v in s.items()}), "changes model.layers.0"),
         (lambda s: s.update({f"{UP}.lora_B.weight": torch.full((96, 4), 3e38), f"{UP}.lora_A.weight": torch.ones(4, 64)}), "merging gives values that are not finite"),
     ],
 )  # fmt: skip

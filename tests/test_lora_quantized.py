@@ -288,3 +288,41 @@ def test_dequantized_is_refused_for_an_adapter_of_a_plain_base(trained: Path, tm
         merged(copy, tmp_path / "out", "dequantized")
     with pytest.raises(ConfigError, match='base: must be "auto"'):
         merged(copy, tmp_path / "out", "nf4")
+
+
+def test_a_layer_that_gpt2_stores_the_other_way_round_merges_into_what_four_bits_made_of_it(tmp_path: Path) -> None:
+    """bitsandbytes rounds along (out, in); the file holds (in, out)."""
+    from transformers import AutoModelForCausalLM
+
+    from phinetune.lora.changes import is_stored_transposed
+    from phinetune.lora.stream import merge_files
+    from phinetune.model.load import quiet_transformers
+    from zoo import zoo_model
+
+    with quiet_transformers():
+        zoo_model("gpt2").save_pretrained(str(tmp_path / "base"))
+    plan = LoadPlan(torch.float32, CPU, quantization=Quantization())
+    model = load_model(tmp_path / "base", plan)
+    held = set(quantized_layers(model))
+    assert held and any("c_attn" in name for name in held)
+    adapter = lora.inject(model, LoraConfig(r=4, target_modules=["c_attn", "attn.c_proj"]))
+    for layer in adapter.layers.values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    ids = torch.tensor([[1, 7, 42, 100, 5, 20]])
+    adapted = model(ids).logits.detach()
+    lora.save_adapter(adapter, tmp_path / "adapter")
+
+    def restore(name: str, weight: torch.Tensor) -> torch.Tensor:
+        module = name.removesuffix(".weight")
+        if not any(h == module or h.endswith(f".{module}") for h in held):
+            return weight
+        turned = is_stored_transposed(module, "gpt2")
+        rounded = round_trip(weight.t().contiguous() if turned else weight, Quantization(), torch.float32)
+        return rounded.t().contiguous() if turned else rounded
+
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", restore, "nf4")
+    with quiet_transformers():
+        merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"), dtype=torch.float32).eval()
+    assert (merged(ids).logits - adapted).abs().max() < 1e-3
+    with pytest.raises(AdapterError, match="is a 4-bit Conv1D"):
+        lora.merge(model)

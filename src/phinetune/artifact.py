@@ -183,8 +183,8 @@ def _partial_key(partial: Path) -> str | None:
 def building(folder: Path, kind: str, key: str, record: dict[str, Any], resume: bool = False) -> Iterator[Path]:
     """The folder to build in. On success it gets its manifest and takes `folder`'s place; `record` may be added to until then.
 
-    With `resume`, what an earlier attempt with the same key left is kept, and is left again if this attempt fails; without, a failed
-    attempt leaves nothing. Call `check_output` first. Raises OutputError for a full disk, and where another process is at the same work.
+    With `resume`, what an earlier attempt with the same key left is kept; a failed attempt leaves its checkpoints, an interrupted merge
+    its whole files. Without, a failed attempt leaves nothing. Call `check_output` first. Raises OutputError for a full disk, and where another process is at the same work.
     """
     folder, partial = folder.resolve(), partial_folder(folder)
     started = time.time()
@@ -207,10 +207,16 @@ def building(folder: Path, kind: str, key: str, record: dict[str, Any], resume: 
                 _readable(partial)
                 _replace(partial, folder)
                 (folder / BUILDING).unlink()
-        except BaseException:  # after the disk has been asked whether it is full
-            if not resume or (partial.is_dir() and not any(partial.glob("checkpoint-*"))):
+        except BaseException as error:  # after the disk has been asked whether it is full
+            if not resume or (partial.is_dir() and not _worth_keeping(partial, error)):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def _worth_keeping(partial: Path, error: BaseException) -> bool:
+    """True for checkpoints, and for the whole files of a merge that was interrupted rather than refused."""
+    interrupted = isinstance(error, KeyboardInterrupt | OutputError)
+    return any(partial.glob("checkpoint-*")) or (interrupted and (partial / "merge.json").is_file())
 
 
 @contextlib.contextmanager

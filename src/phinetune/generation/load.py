@@ -55,7 +55,11 @@ def load_adapted(
     from phinetune.lora.adapter import load_adapter
 
     base = adapter_base(folder, base_model, on_event)
-    kwargs = {**trained_overrides(folder), **_trained_quantization(folder), **(model_kwargs or {})}
+    asked = model_kwargs or {}
+    trained = {} if {"load_in_4bit", "quantization_config"} & set(asked) else _trained_quantization(folder)
+    if {"dtype", "torch_dtype"} & set(asked):
+        trained.pop("torch_dtype", None)
+    kwargs = {**trained_overrides(folder), **trained, **asked}
     contract = adapter_contract(folder, base, bool(kwargs.get("trust_remote_code", False)))
     model = load_model(base, plan_load(base, kwargs, longest, on_event))
     load_adapter(model, folder)
@@ -74,7 +78,7 @@ def _trained_quantization(folder: Path) -> dict[str, Any]:
     if not isinstance(trained, dict):
         return {}
     options = {"bnb_4bit_quant_type": trained["quant_type"], "bnb_4bit_use_double_quant": trained["double_quant"]}
-    return {"quantization_config": {"load_in_4bit": True, **options}}
+    return {"quantization_config": {"load_in_4bit": True, **options}, "torch_dtype": trained["dtype"]}
 
 
 def adapter_contract(folder: Path, base: Path, trust_remote_code: bool = False) -> PromptContract:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phinetune.artifact import write_json
-from phinetune.errors import AdapterError
+from phinetune.artifact import disk_errors, write_json
+from phinetune.errors import AdapterError, OutputError
 from phinetune.lora.config import LoraConfig, parse_lora_config
 from phinetune.lora.injection import Adapter, adapter_of, build_adapter
 from phinetune.lora.peft_format import PREFIX, adapter_state, expected_shapes, fill, misfits, peft_config
@@ -54,17 +54,25 @@ def save_adapter(
     from safetensors.torch import save_file
 
     adapter = adapter if isinstance(adapter, Adapter) else adapter_of(adapter)
+    if split and adapter.config.fused_modules:
+        raise AdapterError(
+            "split: PEFT's files cannot say what fused_modules are, so their slices could not be read back"
+        )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file, not a folder", "choose another folder")
     state = {
         name: (tensor.float() if "lora_" in name else tensor).cpu().contiguous().clone()
         for name, tensor in sorted(adapter_state(adapter, split).items())
     }
-    write_json(folder / CONFIG_FILE, peft_config(adapter, base_model, split))
-    temporary = folder / f".{WEIGHTS_FILE}"
-    save_file(state, str(temporary), metadata={"format": "pt", **({"base_key": base_key} if base_key else {})})
-    _order_header(temporary)
-    temporary.replace(folder / WEIGHTS_FILE)
+    values = peft_config(adapter, base_model, split)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG_FILE, values)
+        temporary = folder / f".{WEIGHTS_FILE}"
+        save_file(state, str(temporary), metadata={"format": "pt", **({"base_key": base_key} if base_key else {})})
+        _order_header(temporary)
+        temporary.replace(folder / WEIGHTS_FILE)
 
 
 def _order_header(file: Path) -> None:
@@ -97,6 +105,8 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         values = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{config_file}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise AdapterError(f"{config_file}: must hold keys and values, holds {type(values).__name__}")
     config = parse_lora_config(values, str(config_file), saved=True)
     try:
         with safe_open(str(weights_file), framework="pt") as file:

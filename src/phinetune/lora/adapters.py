@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from phinetune.errors import AdapterError, ConfigError, did_you_mean
 from phinetune.lora.adapter import load_adapter_state, make_adapter, read_adapter, save_adapter
-from phinetune.lora.config import LoraConfig
+from phinetune.lora.config import LoraConfig, as_pattern
 from phinetune.lora.injection import Adapter, build_adapter
 from phinetune.lora.peft_format import PREFIX, entries
 from phinetune.lora.targets import find_targets
@@ -66,6 +66,7 @@ class Adapters:
         wanted = None if name is None else self[name]
         if self.active is not None:
             self._adapters[self.active].take_out(self.model)
+            self.active = None
         if wanted is not None:
             wanted.put(self.model)
         self.active = name
@@ -108,10 +109,12 @@ class Adapters:
         modules or biases do not add up; ConfigError for a rank that does not fit.
         """
         self._check_free(name)
-        if not weights or not all(math.isfinite(w) for w in weights.values()):
+        if not weights or not all(isinstance(w, int | float) and math.isfinite(w) for w in weights.values()):
             raise ConfigError(f"weights: one finite number for each adapter (found: {weights!r})")
         if method not in ("linear", "svd"):
             raise ConfigError(f'method: must be "linear" or "svd" (found: {method!r})')
+        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+            raise ConfigError(f"rank: must be a whole number, at least 1 (found: {rank!r})")
         chosen = {other: self[other] for other in weights}
         for other, adapter in chosen.items():
             if adapter.config.use_dora or adapter.modules or adapter.biases or adapter.config.bias != "none":
@@ -138,7 +141,7 @@ class Adapters:
         factors = {n: _truncated(A, B, limits[n]) if ranks[n] > limits[n] else (A, B) for n, (A, B) in factors.items()}
         ranks = {layer: A.shape[0] for layer, (A, _) in factors.items()}
         r = max(ranks.values())
-        patterns = {n: k for n, k in ranks.items() if k != r}
+        patterns = {as_pattern(n): k for n, k in ranks.items() if k != r}
         config = LoraConfig(
             r=r,
             lora_alpha=r,

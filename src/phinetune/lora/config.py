@@ -83,6 +83,11 @@ class LoraConfig:
         return self.alpha_of(name) / (math.sqrt(r) if self.use_rslora else r)
 
 
+def as_pattern(name: str) -> str:
+    """A layer's name as a key of `rank_pattern`: letters, dots and dashes as they are, anything else escaped."""
+    return name if re.fullmatch(r"[\w.\-]*", name) else re.escape(name)
+
+
 def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that `name` ends in. PEFT's rule."""
     return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name)), default)
@@ -161,26 +166,26 @@ def _is_pattern(text: str) -> bool:
     return True
 
 
-# PEFT's other keys (0.21) with the values that mean "not used": accepted as such, refused with any other value.
-_NOT_USED: dict[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "auto_mapping": (None,),
-    "corda_config": (None,),
-    "ensure_weight_tying": (False,),
-    "eva_config": (None,),
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "loftq_config": (None, {}),
-    "lora_bias": (False,),
-    "lora_ga_config": (None,),
-    "megatron_config": (None,),
-    "monteclora_config": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_bdlora": (None, False),
-    "use_qalora": (False,),
-    "velora_config": (None,),
+# PEFT's other keys (0.21): accepted where they are off (null, false, empty), refused with any other value.
+_NOT_USED = {
+    "alora_invocation_tokens",
+    "arrow_config",
+    "auto_mapping",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "kasa_config",
+    "layer_replication",
+    "loftq_config",
+    "lora_bias",
+    "lora_ga_config",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
 }
 # Keys that describe a saved adapter and change nothing about the layers.
 _DESCRIPTIVE = (
@@ -216,9 +221,11 @@ def parse_lora_config(
         given = _as_saved(given)
     for key, value in given.items():
         if key in _NOT_USED:
-            if not any(value is off or value == off for off in _NOT_USED[key]):
+            if not (value is None or value is False or value in ([], {})):
                 problems.append(f"{path}.{key}: not supported yet (found: {value!r})")
-        elif key not in known and key not in _DESCRIPTIVE:
+        elif (
+            key not in known and key not in _DESCRIPTIVE and not (saved and (value in (None, [], {}) or value is False))
+        ):
             problems.append(f"{path}.{key}: unknown key{did_you_mean(key, known)}")
     patterns = given.get("alpha_pattern")
     if not saved and isinstance(patterns, dict):
@@ -237,7 +244,7 @@ def parse_lora_config(
 
 def _as_saved(given: dict[str, Any]) -> dict[str, Any]:
     """A saved adapter's values without those that only mattered while it was made."""
-    passed = {"auto_mapping", "fan_in_fan_out"}
+    passed = {"auto_mapping"}
     start = given.get("init_lora_weights")
     if not (isinstance(start, str) and start.startswith(("pissa", "olora"))) and start in (
         *(True, False, None, "gaussian", "eva", "orthogonal"),

@@ -63,27 +63,32 @@ class Folder:
             merged.addmm_(self.B[start:stop], self.A, alpha=self.scaling)
             if self.magnitude is not None:
                 merged = _to_length(merged, self.magnitude[start:stop])
-        before = block[: self._SAMPLED].clone()
+        rows = self._sampled(start, stop)
+        before = block[rows].clone()
         block.copy_(merged)
-        self._measure(before, block[: self._SAMPLED], start)
+        self._measure(before, block[rows], rows + start)
         low, high = torch.aminmax(merged)
         limit = torch.finfo(self.dtype).max
         return bool(low >= -limit) and bool(high <= limit)  # a NaN is neither
 
-    _SAMPLED = 2  # rows of each block
+    def _sampled(self, start: int, stop: int, count: int = 2) -> Tensor:
+        """The rows of a block that change most, counted from its start: rows of slices without factors say nothing."""
+        if self.magnitude is not None:
+            return torch.arange(0)
+        return self.B[start:stop].abs().amax(1).topk(min(count, stop - start)).indices
 
-    def _measure(self, before: Tensor, after: Tensor, start: int) -> None:
+    def _measure(self, before: Tensor, after: Tensor, rows: Tensor) -> None:
         """Add up <merged - W, Δ> and <Δ, Δ> over a few rows."""
         if self.magnitude is None:
-            delta = self.scaling * (self.B[start : start + len(before)] @ self.A)
+            delta = self.scaling * (self.B[rows] @ self.A)
             moved = after.to(delta.dtype) - before.to(delta.dtype)
             self.share[0] += float((moved * delta).sum())
             self.share[1] += float((delta * delta).sum())
 
     @property
-    def surviving(self) -> float:
-        """The share of the change that rounding to W's dtype left, over the rows sampled; 1 for DoRA, whose change is not a sum."""
-        return self.share[0] / self.share[1] if self.share[1] else 1.0
+    def surviving(self) -> float | None:
+        """The share of the change that rounding to W's dtype left, over the rows sampled; None for no change, and for DoRA's, which is no sum."""
+        return self.share[0] / self.share[1] if self.share[1] else None
 
 
 @torch.no_grad()

@@ -48,13 +48,7 @@ class Adapter:
     def put(self, model: nn.Module) -> None:
         """Freeze `model`, which is the plain base, and put the adapter into it, on its device and in its mode."""
         model.requires_grad_(False)
-        for name, layer in self.layers.items():
-            layer.to(layer.frozen().device)
-            layer.train(self.base[name].training)
-        for name, module in self.modules.items():
-            module.to(next(self.base[name].parameters()).device).train(self.base[name].training)
-        for name, bias in self.biases.items():
-            bias.data = bias.data.to(self.base[name].device)
+        _follow(self.base, self.parts())
         _place(model, self.parts())
 
     def take_out(self, model: nn.Module) -> None:
@@ -67,10 +61,28 @@ class Adapter:
             parent, _, child = name.rpartition(".")
             if getattr(model.get_submodule(parent), child, None) is not part:
                 raise AdapterError(f"{name}: the adapter is not in the model any more", "was it merged?")
-        for name, part in self.base.items():
-            if isinstance(part, nn.Module):
-                part.train(now[name].training)
+        _follow(now, self.base)
         _place(model, self.base)
+
+
+def _follow(there: dict[str, Any], coming: dict[str, Any]) -> None:
+    """Bring parts that come into a model to the device, dtype and mode of those there: the model may have been moved in between."""
+    for name, part in coming.items():
+        now = there[name]
+        if isinstance(part, nn.Parameter):
+            part.data = part.data.to(now)
+            continue
+        part.train(now.training)
+        if hasattr(part, "lora_A") or hasattr(now, "lora_A"):  # they share the weight, which has been moved already
+            layer = part if hasattr(part, "lora_A") else now
+            if layer is part:
+                part.to(layer.frozen().device)
+            theirs, own = (getattr(getattr(m, "conv", m), "bias", None) for m in (now, part))
+            if own is not None and theirs is not None and own is not theirs:
+                own.data = own.data.to(theirs)
+        else:
+            reference = next(p for p in now.parameters() if p.is_floating_point())
+            part.to(device=reference.device, dtype=reference.dtype)
 
 
 def _place(model: nn.Module, parts: dict[str, Any]) -> None:

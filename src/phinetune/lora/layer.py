@@ -160,6 +160,8 @@ def adopt(layer: Any, base: nn.Module, shapes: dict[str, tuple[int, ...]]) -> An
     for name, shape in shapes.items():
         setattr(layer, name, nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32)))
     layer.reset_factors()
+    layer._forward_hooks.update(base._forward_hooks)
+    layer._forward_pre_hooks.update(base._forward_pre_hooks)
     layer.__dict__["plain"] = base  # not a child: it would be counted, moved and saved twice
     return layer.train(base.training)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from phinetune.errors import AdapterError, ConfigError
 from phinetune.lora.layer import LoRALayer
+from phinetune.lora.peft_format import tensor_problem
 
 _BIAS = ("none", "all", "lora_only")
 
@@ -66,7 +67,7 @@ def read_lora_state_dict(file: str | Path) -> dict[str, Tensor]:
         raise AdapterError(f"{path}: cut off or damaged: {reason}", "copy the file again") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise AdapterError(f"{path}: is not a state dict (names and tensors)")
-    broken = [f"{name}: {problem}" for name, v in state.items() if (problem := _problem(v))]
+    broken = [f"{name}: {problem}" for name, v in state.items() if (problem := tensor_problem(v))]
     if broken:
         raise AdapterError(broken, f"{path} is damaged, or its training diverged")
     return state
@@ -88,13 +89,6 @@ def load_lora_state_dict(model: nn.Module, file: str | Path) -> None:
     if problems:
         raise AdapterError(problems, f"{file} belongs to another model")
     model.load_state_dict(state, strict=False)
-
-
-def _problem(tensor: Tensor) -> str | None:
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
-        return f"is a {str(tensor.layout)[6:]} tensor on {tensor.device}, not the values of a layer"
-    wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-    return None if torch.isfinite(wide).all() else "holds values that are not finite"
 
 
 def _check_bias(bias: str) -> None:

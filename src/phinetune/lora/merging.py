@@ -19,12 +19,22 @@ from phinetune.lora.linear import Linear, MergedLinear
 def merge(model: nn.Module, adapter: Adapter | None = None) -> list[str]:
     """Replace every LoRA layer of `model` by a plain layer with the merged weight. Returns their names.
 
-    With `adapter`, its layers take the place of the model's own first: the adapter need not be in. Weights keep their dtype; a 4-bit
+    With `adapter`, that one is merged; it need not be in, but no other may be. Weights keep their dtype; a 4-bit
     weight becomes a dense one. Raises AdapterError, with `model` unchanged, if a merged weight is not finite or nothing is there to merge.
     """
     layers = lora_layers(model) if adapter is None else adapter.layers
     if not layers:
         raise AdapterError("merge: the model has no LoRA layers")
+    strangers = [n for n, m in lora_layers(model).items() if layers.get(n) is not m]
+    if strangers:
+        raise AdapterError(f"{strangers[0]}: another adapter is in the model", "take it out first, with use(None)")
+    for name, layer in layers.items():
+        source = getattr(layer.plain, "source_cls", None)  # what transformers had before it went to 4 bits
+        if source is not None and source.__name__ == "Conv1D":
+            raise AdapterError(
+                f"{name}: is a 4-bit {source.__name__}, which cannot be made dense in memory",
+                "merge from files, with merge_files",
+            )
     folded = {}
     for name, layer in layers.items():
         layer.unmerge()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from phinetune.errors import AdapterError
+from phinetune.lora.config import as_pattern
 from phinetune.lora.conv import ConvLoRA
 from phinetune.lora.injection import Adapter
 from phinetune.lora.linear import MergedLinear
@@ -92,7 +93,7 @@ def peft_config(adapter: Adapter, base_model: str, split: bool = False) -> dict[
     r = Counter(r for r, _ in saved.values()).most_common(1)[0][0]
     alpha = Counter(alpha for rank, alpha in saved.values() if rank == r).most_common(1)[0][0]
     values = {k: v for k, v in asdict(adapter.config).items() if k not in _OURS}
-    exact = {name: f"^{name}" if any(n.endswith(f".{name}") for n in saved) else name for name in saved}
+    exact = {n: ("^" if any(o.endswith(f".{n}") for o in saved) else "") + as_pattern(n) for n in saved}
     taken = [n for n in saved if any(n.endswith(f".{other}") for other in adapter.lookalikes)]
     if taken:
         raise AdapterError(
@@ -159,6 +160,14 @@ def _named_shapes(name: str, A: tuple[int, ...], B: tuple[int, ...], is_embeddin
     return dict(zip(keys, (A, B), strict=True))
 
 
+def tensor_problem(tensor: Tensor) -> str | None:
+    """What keeps a tensor from being part of an adapter; None if nothing does."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        return f"is a {tensor.dtype} tensor on {tensor.device} ({tensor.layout}), not the values of a layer"
+    wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    return None if torch.isfinite(wide).all() else "holds values that are not finite"
+
+
 def misfits(expected: Shapes, state: dict[str, Tensor]) -> list[str]:
     """One line for every tensor that is missing, unexpected, misshaped, or not finite."""
     problems = [f"{name}: is missing in the file" for name in expected if name not in state]
@@ -167,8 +176,10 @@ def misfits(expected: Shapes, state: dict[str, Tensor]) -> list[str]:
             problems.append(f"{name}: the base model, as the adapter's configuration reads it, has no place for it")
         elif tuple(tensor.shape) != expected[name]:
             problems.append(f"{name}: has shape {tuple(tensor.shape)}, the base model needs {expected[name]}")
-        elif not torch.isfinite(tensor).all():
-            problems.append(f"{name}: holds values that are not finite")
+        elif text := tensor_problem(tensor):
+            problems.append(f"{name}: {text}")
+        elif "lora_" in name and not tensor.is_floating_point():
+            problems.append(f"{name}: holds {tensor.dtype}, not floating point values")
     return problems
 
 

@@ -18,6 +18,15 @@ from phinetune.model.folder import safetensors_header
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """safetensors' names of the floating point types -> torch's."""
+WHOLE_NUMBERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Those of other types, which a trained module may hold (counters)."""
 _CHUNK = 8 << 20
 
 
@@ -45,6 +54,14 @@ class Layout:
     def entry(self, name: str) -> Any:
         """dtype, shape and data_offsets of a tensor."""
         return self.headers[self.file_of[name]][name]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, on its own memory."""
+        entry, file = self.entry(name), self.file_of[name]
+        tensor = torch.empty(tuple(entry["shape"]), dtype=DTYPES[entry["dtype"]])
+        with file.open("rb") as stream:
+            read_all(stream.fileno(), bytes_of(tensor), self.starts[file] + entry["data_offsets"][0])
+        return tensor
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name -> shape, of all files."""

@@ -18,7 +18,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phinetune.artifact import write_json
-from phinetune.errors import AdapterError, ModelError
+from phinetune.artifact import disk_errors, write_json
+from phinetune.errors import ModelError, OutputError
 from phinetune.events import OnEvent, Progress, log_event
-from phinetune.lora.adapter import read_adapter
-from phinetune.lora.changes import Change, join_slices, read_changes
-from phinetune.lora.fold import check_finite, not_finite
-from phinetune.lora.peft_format import PREFIX
-from phinetune.lora.shards import DTYPES, Layout, bytes_of, copy_bytes, read_all, write_all
+from phinetune.lora.changes import Change
+from phinetune.lora.fold import Folder, check_finite, not_finite
+from phinetune.lora.plan import MergePlan, plan_merge, read_json
+from phinetune.lora.shards import DTYPES, WHOLE_NUMBERS, Layout, bytes_of, copy_bytes, read_all, write_all
 from phinetune.model.folder import weight_files
 
 INDEX = "model.safetensors.index.json"
@@ -52,8 +51,11 @@ class MergeReport:
     layers: int = 0
     tensors_copied: int = 0
     untied: bool = False
+    with_lengths: int = 0
+    """Layers with DoRA's lengths."""
     surviving: dict[str, float] = field(default_factory=dict)
-    """Module -> share of its change that is left after rounding: 1 where nothing was lost."""
+    """Module -> share of its change that is left after rounding: 1 where nothing was lost. Without those whose change is zero or, as
+    DoRA's, no sum."""
 
 
 def merge_files(
@@ -61,36 +63,48 @@ def merge_files(
     adapter: str | Path,
     output: str | Path,
     restore: Restore | None = None,
+    restore_key: str = "",
     tied: dict[str, str] | None = None,
+    base_key: str | None = None,
     on_event: OnEvent = log_event,
 ) -> MergeReport:
     """Write the weights of the model folder `base` with `adapter` merged, its `config.json` and index, into the folder `output`.
 
-    tied: output embedding's tensor name -> the input embedding's, for models that store one tensor for both; found from the files
-    where it is left out. restore: see `Restore`, for adapters that were trained on a quantized base. Files that an earlier call with
-    the same inputs finished are kept. Raises AdapterError if the adapter changes a tensor that the base has not, or does not fit its
-    shape, or the result is not finite; ModelError if the base's files cannot be read.
+    restore: see `Restore`, for adapters that were trained on a quantized base; restore_key says what it does, for going on after a
+    kill. tied: output embedding's tensor name -> the input embedding's, for models that store one tensor for both; found from config
+    and files where it is left out. base_key: the content hash that the adapter must carry. Files that an earlier call with the same
+    inputs finished are kept. Raises AdapterError if the adapter changes a tensor that the base has not, does not fit its shape, misses
+    one that it targets, or the result is not finite; ModelError if the base's files cannot be read; OutputError for an `output` that
+    holds other files of the same names, is the base's or the adapter's own folder, or cannot be written.
     """
-    base, output = Path(base), Path(output)
+    base, adapter, output = Path(base), Path(adapter), Path(output)
     files, missing = weight_files(base)
     if missing or not files:
         raise ModelError([f"{f}: no such file" for f in missing] or f"{base}: no weights (*.safetensors)")
-    layout, plan = Layout(files), _plan(Layout(files), base, Path(adapter), tied)
-    _check_shapes(layout, plan)
-    output.mkdir(parents=True, exist_ok=True)
-    journal = _Journal(output, files, Path(adapter), bool(restore))
-    wanted = [file for file in files if not journal.has(file.name)]
-    progress = _Count(on_event, sum(f.stat().st_size for f in files), sum(f.stat().st_size for f in wanted))
-    threads = torch.get_num_threads()
-    try:
-        for group in (wanted[i : i + _WORKERS] for i in range(0, len(wanted), _WORKERS)):
-            _write_shards([_Shard(f, output / f.name, layout, plan, restore) for f in group], journal, progress)
-        progress.add(progress.total - progress.done)  # headers, padding
-    finally:
-        torch.set_num_threads(threads)
-    _write_json_files(base, output, layout, plan)
-    changed = [*plan.changes.values(), *(c for _, c in plan.added.values() if c is not None)]
-    return journal.close(sum(c.replacement is None for c in changed), bool(plan.added))
+    if nested := [f for f in files if f.parent.resolve() != base.resolve()]:
+        raise ModelError(f"{nested[0]}: lies in a folder of its own", "put the model's files into one folder")
+    layout = Layout(files)
+    plan = plan_merge(layout, base, adapter, tied, base_key)
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output}: is a file, not a folder", "choose another output folder")
+    if output.resolve() in (base.resolve(), adapter.resolve()):
+        raise OutputError(f"{output}: is an input of the merge", "choose another output folder")
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        journal = _Journal(output, files, adapter, {"restore": restore_key if restore else None, "tied": tied})
+        wanted = [file for file in files if not journal.has(file.name)]
+        progress = _Count(on_event, sum(f.stat().st_size for f in files), sum(f.stat().st_size for f in wanted))
+        threads = torch.get_num_threads()
+        try:
+            for group in (wanted[i : i + _WORKERS] for i in range(0, len(wanted), _WORKERS)):
+                _write_shards([_Shard(f, output / f.name, layout, plan, restore) for f in group], journal, progress)
+            progress.add(progress.total - progress.done)  # headers, padding
+        finally:
+            torch.set_num_threads(threads)
+        _write_json_files(base, output, layout, plan)
+        changed = [*plan.changes.values(), *(c for _, c in plan.added.values() if c is not None)]
+        report = journal.close(sum(c.replacement is None for c in changed), bool(plan.added))
+        return replace(report, with_lengths=sum(c.magnitude is not None for c in changed))
 
 
 class _Count:
@@ -106,21 +120,29 @@ class _Count:
 
 
 class _Journal:
-    """Which files of a merge are whole, for going on after a kill. What an earlier merge of other inputs left is removed."""
+    """Which files of a merge are whole, for going on after a kill. What an earlier merge of other inputs left is removed.
 
-    def __init__(self, output: Path, files: list[Path], adapter: Path, restored: bool) -> None:
-        inputs = [
-            *files,
-            *sorted(f for f in adapter.iterdir() if f.is_file() and f.suffix in (".json", ".safetensors")),
-        ]
-        identity = {str(f.resolve()): [s.st_size, s.st_mtime_ns] for f in inputs if (s := f.stat())} | {
-            "restored": restored
-        }
-        self.file = output / JOURNAL
+    Raises OutputError for files of these names that no merge wrote.
+    """
+
+    def __init__(self, output: Path, files: list[Path], adapter: Path, options: dict[str, Any]) -> None:
+        config = files[0].parent / "config.json"
+        own = [f for f in adapter.iterdir() if f.is_file() and f.suffix in (".json", ".safetensors")]
+        inputs = [*files, *sorted(own), *([config] if config.is_file() else [])]
+        identity = {"version": 1, **options, **{str(f.resolve()): _mark(f) for f in inputs}}
+        self.file, self.output = output / JOURNAL, output
         self.value: dict[str, Any] = {"inputs": identity, "whole": {}}
-        found = _read(self.file)
+        found = read_json(self.file)
+        whole = found.get("whole") if isinstance(found, dict) else None
+        whole = {n: r for n, r in whole.items() if isinstance(r, dict)} if isinstance(whole, dict) else {}
+        unknown = [f.name for f in files if (output / f.name).exists() and f.name not in whole]
+        if unknown and not isinstance(found, dict):
+            raise OutputError(
+                f"{output / unknown[0]}: is there already, and no merge wrote it", "choose another output folder"
+            )
         if isinstance(found, dict) and found.get("inputs") == identity:
-            self.value["whole"] = {n: r for n, r in found["whole"].items() if (output / n).is_file()}
+            kept = {n: r for n, r in whole.items() if (output / n).is_file() and r.get("mark") == _mark(output / n)}
+            self.value["whole"] = {n: r for n, r in kept.items() if isinstance(r.get("surviving"), dict)}
         for file in files:
             (output / f".{file.name}.part").unlink(missing_ok=True)
             if file.name not in self.value["whole"]:
@@ -133,7 +155,7 @@ class _Journal:
 
     def add(self, name: str, part: MergeReport) -> None:
         """The file `name` is whole."""
-        self.value["whole"][name] = asdict(part)
+        self.value["whole"][name] = {**asdict(part), "mark": _mark(self.output / name)}
         write_json(self.file, self.value)
 
     def close(self, layers: int, untied: bool) -> MergeReport:
@@ -141,93 +163,14 @@ class _Journal:
         parts = list(self.value["whole"].values())
         surviving = {module: share for part in parts for module, share in part["surviving"].items()}
         self.file.unlink()
-        return MergeReport(layers, sum(p["tensors_copied"] for p in parts), untied, surviving)
+        copied = sum(part["tensors_copied"] for part in parts)
+        return MergeReport(layers=layers, tensors_copied=copied, untied=untied, surviving=surviving)
 
 
-@dataclass
-class _Plan:
-    """Tensor name -> its change; and tensors that the base did not have: name -> (tensor that it began as, its change or None)."""
-
-    changes: dict[str, Change] = field(default_factory=dict)
-    added: dict[str, tuple[str, Change | None]] = field(default_factory=dict)
-
-
-def _plan(layout: Layout, base: Path, adapter: Path, tied: dict[str, str] | None) -> _Plan:
-    """Find the stored tensor of every change. Raises AdapterError for those that have none."""
-    saved = read_adapter(adapter)
-    read = _read(base / "config.json")
-    config: dict[str, Any] = read if isinstance(read, dict) else {}
-    changes, others = read_changes(saved, str(config.get("model_type") or ""))
-    changes = join_slices(changes, layout.shapes(), config, saved.config.fused_modules)
-    wanted = {f"{module}.weight": change for module, change in changes.items()}
-    wanted |= {name: Change(name, replacement=tensor) for name, tensor in others.items()}
-    plan, homeless = _Plan(), dict[str, Change]()
-    for name, change in wanted.items():
-        stored = _stored_name(name, layout)
-        if stored is None:
-            homeless[name] = change
-        else:
-            plan.changes[stored] = change
-    if tied is None:
-        tied = _tied(layout, bool(config.get("tie_word_embeddings")), homeless, plan)
-    for head, source in tied.items():
-        origin = _stored_name(source, layout)
-        if origin is None or head in layout.file_of:
-            continue
-        own = homeless.pop(head) if head in homeless else None
-        if own is not None or origin in plan.changes:
-            plan.added[head] = (origin, own)
-    if homeless:
-        raise AdapterError(
-            [f"{PREFIX}{name}: the base model's files have no such tensor" for name in homeless],
-            "the adapter belongs to another base model",
-        )
-    return plan
-
-
-def _stored_name(name: str, layout: Layout) -> str | None:
-    """What the files call the tensor `name`: itself, or with the model's outer name more or less (`transformer.`, `model.`)."""
-    if name in layout.file_of:
-        return name
-    if name.count(".") < 2:  # `lm_head.weight` is no ending of anything
-        return None
-    found = [n for n in layout.file_of if n.endswith(f".{name}") or (n.count(".") > 1 and name.endswith(f".{n}"))]
-    return found[0] if len(found) == 1 else None
-
-
-def _tied(layout: Layout, says_tied: bool, homeless: dict[str, Change], plan: _Plan) -> dict[str, str]:
-    """output -> input embedding, where the files hold one tensor for both and one of them is changed. Judged by config and shapes."""
-    endings = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-    embeddings = [n for n, c in plan.changes.items() if c.is_embedding or n.endswith(endings)]
-    if not embeddings and homeless:
-        shapes = [c.shape() for c in homeless.values()]
-        embeddings = [n for n in layout.file_of if n.endswith(endings) and tuple(layout.entry(n)["shape"]) in shapes]
-    if len(embeddings) != 1 or len(homeless) > 1 or not (homeless or says_tied):
-        return {}
-    return {next(iter(homeless), "lm_head.weight"): embeddings[0]}
-
-
-def _check_shapes(layout: Layout, plan: _Plan) -> None:
-    """Raises AdapterError for every change that does not fit its tensor."""
-    problems = []
-    pairs = [*plan.changes.items(), *((source, c) for source, c in plan.added.values() if c is not None)]
-    for name, change in pairs:
-        entry, wanted = layout.entry(name), change.shape()
-        shape = tuple(entry["shape"])
-        flat = shape if change.replacement is not None else tuple(torch.empty(shape, device="meta").flatten(1).shape)
-        if flat != wanted:
-            problems.append(f"{PREFIX}{change.module}: is for a weight of {wanted}, the base model's {name} is {flat}")
-        if entry["dtype"] not in DTYPES:
-            problems.append(f"{name}: is stored as {entry['dtype']}; only floating point weights can be merged")
-    if problems:
-        raise AdapterError(problems, "the adapter belongs to another base model")
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def _mark(file: Path) -> list[int]:
+    """Size and time of a file: what tells that it is still the same."""
+    state = file.stat()
+    return [state.st_size, state.st_mtime_ns]
 
 
 def _write_shards(shards: list[_Shard], journal: _Journal, progress: _Count) -> None:
@@ -257,7 +200,7 @@ def _write_shards(shards: list[_Shard], journal: _Journal, progress: _Count) -> 
 class _Shard:
     """One file of the model on its way: the header of the new file, and its tensors, each written on its own."""
 
-    def __init__(self, source: Path, target: Path, layout: Layout, plan: _Plan, restore: Restore | None) -> None:
+    def __init__(self, source: Path, target: Path, layout: Layout, plan: MergePlan, restore: Restore | None) -> None:
         self.source, self.target, self.layout, self.plan, self.restore = source, target, layout, plan, restore
         self.part = target.with_name(f".{target.name}.part")
         header = layout.headers[source]
@@ -303,7 +246,7 @@ class _Shard:
         entry = self.layout.headers[self.source][origin]
         start, stop = (self.layout.starts[self.source] + offset for offset in entry["data_offsets"])
         to = self.start + self.entries[name]["data_offsets"][0]
-        dtype = DTYPES.get(entry["dtype"])
+        dtype = DTYPES.get(entry["dtype"]) or (WHOLE_NUMBERS.get(entry["dtype"]) if change is not None else None)
         if dtype is None or (change is None and self.restore is None):
             copy_bytes(self.read, self.write, start, stop, to)
             with self.lock:
@@ -332,13 +275,15 @@ class _Shard:
                 raise not_finite(name, dtype)
             write_all(self.write, bytes_of(block), to + first * row)
         with self.lock:
-            self.report.surviving[change.module] = folder.surviving
+            self._tell(change, folder)
 
     def _restored(self, name: str, change: Change | None, start: int, entry: Any, to: int) -> None:
         """A tensor as the training saw it, with its change if it has one: needed whole."""
         weight = torch.empty(tuple(entry["shape"]), dtype=DTYPES[entry["dtype"]])
         read_all(self.read, bytes_of(weight), start)
         restored = weight if self.restore is None else self.restore(name, weight)
+        if (restored.dtype, restored.shape) != (weight.dtype, weight.shape):
+            raise ModelError(f"{name}: restore made it {tuple(restored.shape)} of {restored.dtype}")
         kept = restored is weight and change is None
         if change is not None:
             folder, flat = change.folder(tuple(weight.shape), weight.dtype), restored.clone().flatten(1)
@@ -349,19 +294,25 @@ class _Shard:
         with self.lock:
             self.report.tensors_copied += kept
             if change is not None:
-                self.report.surviving[change.module] = folder.surviving
+                self._tell(change, folder)
+
+    def _tell(self, change: Change, folder: Folder) -> None:
+        if folder.surviving is not None:
+            self.report.surviving[change.module] = folder.surviving
 
 
-def _write_json_files(base: Path, output: Path, layout: Layout, plan: _Plan) -> None:
+def _write_json_files(base: Path, output: Path, layout: Layout, plan: MergePlan) -> None:
     """config.json, corrected where the embeddings came apart, and the index with the tensors that were added."""
-    config = _read(base / "config.json")
+    config = read_json(base / "config.json")
     if isinstance(config, dict):
         if plan.added:
             config["tie_word_embeddings"] = False
+            if isinstance(config.get("text_config"), dict) and "tie_word_embeddings" in config["text_config"]:
+                config["text_config"]["tie_word_embeddings"] = False
             write_json(output / "config.json", config)
         else:
             shutil.copyfile(base / "config.json", output / "config.json")
-    index = _read(base / INDEX)
+    index = read_json(base / INDEX)
     if isinstance(index, dict):
         for name, (origin, _) in plan.added.items():
             index["weight_map"][name] = index["weight_map"][origin]

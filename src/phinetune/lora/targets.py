@@ -53,16 +53,26 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: bool = False) -> l
     if not chosen or not saved:
         _check_chosen(model, config, layers, fused, chosen, unmatched)
     problems = [p for t in chosen for p in _misfit(t, layers[t.name], config, saved)]
+    problems += [] if saved else _shared(model, [t.name for t in chosen])
     names = [n for t in chosen for n in ([t.slice_name(p) for p in t.enabled] if t.slices else [t.name])]
     for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         unused = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", n) for n in names)]
         problems += [f'{key}: "{p}" matches no layer that is adapted{_nearest(p, names)}' for p in unused if not saved]
     transposed = [t.name for t in chosen if t.kind == "linear" and not isinstance(layers[t.name], nn.Linear)]
-    if config.fan_in_fan_out and not transposed:
+    if config.fan_in_fan_out and not transposed and not saved:
         problems.append(f"fan_in_fan_out: {chosen[0].name} is an nn.Linear, which stores its weight (out, in)")
     if problems:
         raise AdapterError(problems, "" if saved else "lower r for such layers, or leave them out with exclude_modules")
     return chosen
+
+
+def _shared(model: nn.Module, names: list[str]) -> list[str]:
+    """A line for every layer that stands at two places of the model: factors at one of them would be no adapter of the other."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    by_name = {p[0]: p for p in places.values() if len(p) > 1}
+    return [f"{n}: the same layer stands at {' and '.join(by_name[n][:3])}" for n in names if n in by_name]
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -104,6 +114,16 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor) and weight.dim() == 2
 
 
+def is_targeted(name: str, config: LoraConfig) -> bool:
+    """True if `config` means the layer called `name` by a list of names, judged by the name alone."""
+    kept = config.modules_to_save or []
+    if isinstance(config.target_modules, str) or _excluded(name, config) or not _in_chosen_layer(name, config):
+        return False
+    return any(_ends_in(name, t) for t in config.target_modules) and not any(
+        name.endswith(k) or f"{k}." in name for k in kept
+    )
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that makes logits, where the model can name it (`get_output_embeddings` of transformers)."""
     getter = getattr(model, "get_output_embeddings", None)
@@ -122,6 +142,8 @@ def named_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
         for n in found
         if next(model.get_submodule(n).parameters(), None) is None
     ]
+    quantized = [n for n in found if any(not p.is_floating_point() for p in model.get_submodule(n).parameters())]
+    problems += [f"modules_to_save: {n} holds quantized weights, which cannot be trained" for n in quantized]
     if problems:
         raise AdapterError(problems)
     return [n for n in found if not any(n.startswith(f"{outer}.") for outer in found)]
@@ -211,6 +233,8 @@ def _misfit(target: Target, layer: Any, config: LoraConfig, saved: bool) -> list
     name, problems = target.name, []
     try:
         check_frozen(name, layer)
+        if not isinstance(layer.weight, nn.Parameter):
+            problems.append(f"{name}: its weight is computed from other parameters (weight_norm, parametrize)")
         if saved:
             pass  # whatever its rank, it exists
         elif target.kind == "linear":

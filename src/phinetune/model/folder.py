@@ -131,6 +131,8 @@ def safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
     if len(raw) < length:
         raise ValueError("the header is cut off")
     header: dict[str, Any] = json.loads(raw)
+    if not isinstance(header, dict):
+        raise ValueError("the header is no dictionary")
     end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
     return header, 8 + length + end
 

@@ -111,8 +111,7 @@ def quantized_layers(model: Any) -> list[str]:
 
 def round_trip(weight: torch.Tensor, quantization: Quantization, dtype: torch.dtype) -> torch.Tensor:
     """What 4 bits leave of `weight` (out, in), in its own dtype: cast to `dtype`, quantized as at loading, made dense again."""
-    with quiet_bitsandbytes():
-        from bitsandbytes import functional
+    from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(
         weight.to(dtype),

@@ -30,7 +30,7 @@ from phinetune.generation.load import adapter_base, adapter_contract, find, trai
 from phinetune.model.compute import available_memory
 from phinetune.model.contract import PromptContract
 from phinetune.model.folder import base_key, stored_dtype, weight_files
-from phinetune.model.quantized import Quantization
+from phinetune.model.quantized import Quantization, quiet_bitsandbytes
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +102,12 @@ class _Merge:
         self.contract: PromptContract = adapter_contract(adapter, base, trust_remote_code)
         self.quantization: dict[str, Any] | None = trained.get("quantization")
         self.trained_logits: list[dict[str, Any]] | None = trained.get("probe_logits")
+        if self.quantization is not None and not {"quant_type", "double_quant", "dtype", "layers"} <= set(
+            self.quantization
+        ):
+            raise AdapterError(f"{adapter}/manifest.json: its quantization is damaged", "copy the adapter again")
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        self.model_type = str(config.get("model_type") or "")
         size, free = sum(f.stat().st_size for f in weight_files(base)[0]), available_memory()
         self.fits = free is None or size * 1.3 < free
 
@@ -110,10 +116,12 @@ class _Merge:
         from phinetune.lora.stream import merge_files
         from phinetune.model.load import save_generation_config, tied_embeddings
 
-        policy, figures = self.choose_base(asked)
-        restore = self.restore if policy == "dequantized" else None
-        tied = tied_embeddings(self.base, self.trust)
-        report = merge_files(self.base, self.adapter, target, restore, tied, self.on_event)
+        with quiet_bitsandbytes():
+            policy, figures = self.choose_base(asked)
+            restore = self.restore if policy == "dequantized" else None
+            tied = tied_embeddings(self.base, self.trust)
+            how = json.dumps(self.quantization, sort_keys=True)
+            report = merge_files(self.base, self.adapter, target, restore, how, tied, on_event=self.on_event)
         self.tell(report)
         config = json.loads((target / "config.json").read_text(encoding="utf-8"))
         write_json(target / "config.json", config | trained_overrides(self.adapter))
@@ -145,12 +153,15 @@ class _Merge:
             )
             self.on_event(Note(f"merge: base: dequantized, what the adapter was trained on; {why}", warning=True))
             return "dequantized", {}
-        from phinetune.model.probe import distance
+        from phinetune.model.probe import distance, probe_logits
 
-        recorded = self.trained_logits
-        distances = {p: distance(self.logits(p), recorded) for p in ("original", "dequantized")}
+        recorded, distances, noise = self.trained_logits, dict[str, float](), 0.0
+        for candidate in ("original", "dequantized"):
+            model, adapter = self.adapted(candidate)
+            distances[candidate] = distance(probe_logits(model, self.contract), recorded)
+            noise = self.noise_over_change(adapter) if candidate == "original" else noise
+            del model, adapter
         policy = min(distances, key=lambda p: distances[p])
-        noise = self.noise_over_change()
         self.on_event(
             Note(
                 f"merge: base: {policy}; its logits are {distances[policy]:.3g} from those of the training, the other base's "
@@ -163,11 +174,14 @@ class _Merge:
         """What 4 bits make of a stored weight, if the training held its layer in 4 bits."""
         import torch
 
+        from phinetune.lora.changes import is_stored_transposed
         from phinetune.model.quantized import round_trip
 
         if self.quantization is None or not self.was_quantized(name):
             return weight
         dtype = getattr(torch, self.quantization["dtype"])
+        if is_stored_transposed(name.removesuffix(".weight"), self.model_type):  # 4 bits go along (out, in)
+            return round_trip(weight.t().contiguous(), self.asked_quantization(), dtype).t().contiguous()
         return round_trip(weight, self.asked_quantization(), dtype)
 
     def was_quantized(self, name: str) -> bool:
@@ -203,33 +217,19 @@ class _Merge:
 
         return LoadPlan(dtype, torch.device("cpu"), None, self.trust, trained_overrides(self.adapter))
 
-    def logits(self, policy: str) -> torch.Tensor:
-        """Probe logits of base + adapter."""
-        from phinetune.model.probe import probe_logits
-
-        return probe_logits(self.adapted(policy)[0], self.contract)
-
-    def noise_over_change(self) -> float:
+    def noise_over_change(self, adapter: Adapter) -> float:
         """Median over the layers of |what 4 bits changed| / |what the adapter changes|."""
         ratios = []
-        for layer in self.adapted("original")[1].layers.values():
+        for name, layer in adapter.layers.items():
             change, weight = layer.delta(), layer.frozen().detach()
-            if weight.dim() == 2 and float(change.norm()) > 0:
-                noise = self.restored(weight).float() - weight.float()
+            if self.was_quantized(f"{name}.weight") and float(change.norm()) > 0:
+                noise = self.restore(f"{name}.weight", weight).float() - weight.float()
                 ratios.append(float(noise.norm() / change.norm()))
         return statistics.median(ratios) if ratios else 0.0
 
-    def restored(self, weight: torch.Tensor) -> torch.Tensor:
-        """What 4 bits make of a weight."""
-        import torch
-
-        from phinetune.model.quantized import round_trip
-
-        return round_trip(weight, self.asked_quantization(), getattr(torch, (self.quantization or {})["dtype"]))
-
     def tell(self, report: MergeReport) -> None:
         """What the merge did, as notes. Raises ModelError if the base's dtype swallowed half of the adapter's change."""
-        if not any(report.surviving.values()) and report.layers:
+        if report.layers and not report.surviving and not report.with_lengths:
             self.on_event(Note("merge: the adapter changes nothing (lora_B is zero everywhere)", warning=True))
         if report.untied:
             self.on_event(
@@ -265,6 +265,9 @@ class _Merge:
                 f"the base's dtype {str(stored_dtype(self.base))[6:]} is too coarse for this adapter",
             )
         self.on_event(
-            Note(f"merge: on the probes the adapter moves the logits by up to {moved:.3g}, merging by {lost:.2g} more")
+            Note(
+                f"merge: on the probes the adapter moves the logits by up to {moved:.3g}, merging by {lost:.2g} more",
+                warning=moved > 0 and lost > moved / 10,
+            )
         )
         return {"logits_moved_by_adapter": moved, "logits_moved_by_merging": lost}
