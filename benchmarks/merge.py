@@ -129,12 +129,21 @@ def main() -> None:
             print(f"{name:10} {runs[name][-1][0]:7.1f} s {runs[name][-1][1]:8.0f} MB", flush=True)
     shutil.rmtree(asked.folder / "out", ignore_errors=True)
     medians = {
-        name: {"seconds": round(statistics.median(s for s, _ in values), 1), "peak_mb": round(statistics.median(m for _, m in values))}
+        name: {
+            "seconds": round(statistics.median(s for s, _ in values), 1),
+            "peak_mb": round(statistics.median(m for _, m in values)),
+        }
         for name, values in runs.items()
     }
     ratio = statistics.median(o[0] / c[0] for o, c in zip(runs["phinetune"], runs["copy"], strict=True))
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    result = {"model_bytes": size, "machine": machine, "medians": medians, "time_over_copy": round(ratio, 2), "runs": runs}
+    result = {
+        "model_bytes": size,
+        "machine": machine,
+        "medians": medians,
+        "time_over_copy": round(ratio, 2),
+        "runs": runs,
+    }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({"medians": medians, "time_over_copy": round(ratio, 2)}, indent=2))
