@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,14 @@ import torch
 
 import phinetune
 import phinetune.lora as lora
+from phinetune.artifact import partial_folder
 from phinetune.errors import AdapterError, ConfigError
 from phinetune.generation.load import load_adapted
 from phinetune.model.load import LoadPlan, load_model, quiet_transformers
 from phinetune.model.probe import distance, probe_logits
 from phinetune.workflow.finetune import finetune
 from test_training import FAST, FP32, Kill, adapter_bytes, killed_at
+from tiny import tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -150,3 +156,40 @@ def test_the_file_carries_the_bases_content_and_another_base_is_refused(
     with pytest.raises(AdapterError, match="was trained on another base model"):
         phinetune.merge(str(result.folder), tmp_path / "merged", str(other))
     assert json.loads((result.folder / "adapter_config.json").read_text())["r"] == 4
+
+
+KILLED_MERGE = """
+import os, signal, sys
+import phinetune
+from phinetune.events import Progress
+steps = 0
+def on_event(event):
+    global steps
+    steps += isinstance(event, Progress)
+    if steps == 16:
+        os.kill(os.getpid(), int(sys.argv[3]))
+phinetune.merge(sys.argv[1], sys.argv[2], on_event=on_event)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_a_merge_that_broke_off_goes_on_with_the_files_that_are_whole(
+    how: signal.Signals, tone_data: dict[str, Any], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    with quiet_transformers():
+        tiny_model("phi3").save_pretrained(str(base), max_shard_size="60KB")
+    tiny_tokenizer().save_pretrained(str(base))
+    adapter = finetune(str(base), tone_data, FAST, {"r": 4}, FP32, tmp_path / "adapter").folder
+    phinetune.merge(str(adapter), tmp_path / "whole")
+    arguments = [sys.executable, "-c", KILLED_MERGE, str(adapter), str(tmp_path / "out"), str(int(how))]
+    assert subprocess.run(arguments, env=os.environ, capture_output=True).returncode != 0
+    partial = partial_folder(tmp_path / "out")
+    kept = {f.name: f.stat().st_ino for f in partial.glob("[!.]*.safetensors")}
+    assert kept and not (tmp_path / "out").exists()
+    phinetune.merge(str(adapter), tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).stat().st_ino for name in kept} == kept
+    names = {f.name for f in (tmp_path / "whole").iterdir()}
+    assert names == {f.name for f in (tmp_path / "out").iterdir()}
+    for name in names - {"manifest.json"}:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

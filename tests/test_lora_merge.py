@@ -326,6 +326,20 @@ def test_square_layers_of_gpt2_are_known_without_a_config_by_the_adapter(tmp_pat
     assert (loaded(tmp_path / "out")(IDS).logits - adapted).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    "lacking", [["copy_file_range"], ["copy_file_range", "preadv", "pwrite"]], ids=["macos", "windows"]
+)
+def test_systems_without_these_calls_write_the_same_bytes(
+    lacking: list[str], folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, out = folders
+    merge_files(base, adapter, tmp_path / "here")
+    for call in lacking:
+        monkeypatch.delattr(os, call)
+    merge_files(base, adapter, out)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "here" / "model.safetensors").read_bytes()
+
+
 # Output folders: nothing that is not the merge's own is touched.
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,29 +72,38 @@ class Layout:
 def copy_bytes(source: int, target: int, start: int, stop: int, to: int) -> None:
     """Bytes `start` to `stop` of one open file to offset `to` of another, inside the kernel where it can."""
     inside = hasattr(os, "copy_file_range")
-    while start < stop:
-        count = 0
-        if inside:
-            try:
-                count = os.copy_file_range(source, target, min(stop - start, 1 << 30), start, to)
-            except OSError as error:  # between file systems, or one that cannot
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-                inside = False
-                continue
-        else:
-            block = os.pread(source, min(stop - start, _CHUNK), start)
-            count = len(block)
-            write_all(target, memoryview(block), to)
+    while inside and start < stop:
+        try:
+            count = os.copy_file_range(source, target, min(stop - start, 1 << 30), start, to)
+        except OSError as error:  # between file systems, or one that cannot
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            break
         if count == 0:
             raise ModelError("a file of the base model ended early")
         start, to = start + count, to + count
+    block = memoryview(bytearray(min(_CHUNK, stop - start)))
+    while start < stop:
+        part = block[: stop - start]
+        read_all(source, part, start)
+        write_all(target, part, to)
+        start, to = start + len(part), to + len(part)
+
+
+_POSITION = threading.Lock()  # for systems (Windows) whose files have one position for all threads
 
 
 def read_all(source: int, buffer: memoryview, start: int) -> None:
     """Fill `buffer` from offset `start` of an open file."""
     while buffer:
-        count = os.preadv(source, [buffer], start)
+        if hasattr(os, "preadv"):
+            count = os.preadv(source, [buffer], start)
+        else:
+            with _POSITION:
+                os.lseek(source, start, os.SEEK_SET)
+                found = os.read(source, len(buffer))
+            count = len(found)
+            buffer[:count] = found
         if count == 0:
             raise ModelError("a file of the base model ended early")
         buffer, start = buffer[count:], start + count
@@ -102,7 +112,12 @@ def read_all(source: int, buffer: memoryview, start: int) -> None:
 def write_all(target: int, buffer: memoryview, to: int) -> None:
     """Write `buffer` to offset `to` of an open file."""
     while buffer:
-        count = os.pwrite(target, buffer, to)
+        if hasattr(os, "pwrite"):
+            count = os.pwrite(target, buffer, to)
+        else:
+            with _POSITION:
+                os.lseek(target, to, os.SEEK_SET)
+                count = os.write(target, buffer)
         buffer, to = buffer[count:], to + count
 
 

@@ -224,7 +224,7 @@ class _Shard:
         self.read: int = stack.enter_context(self.source.open("rb")).fileno()
         self.file = stack.enter_context(self.part.open("wb"))
         self.write: int = self.file.fileno()
-        os.truncate(self.part, self.size)
+        self.file.truncate(self.size)
         write_all(self.write, memoryview(len(self.raw).to_bytes(8, "little") + self.raw), 0)
 
     def close(self) -> MergeReport:
