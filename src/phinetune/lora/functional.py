@@ -22,6 +22,7 @@ Not here: parameters, module names, where layers sit in a model.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -73,37 +74,22 @@ def lora_linear(
     has x's shape and dtype and is the dropout mask divided by 1 - p. Neither shape nor dtype of x is changed; under autocast everything
     is computed in autocast's dtype, as `torch.nn.functional.linear` does.
     """
-    spans = spans or ((0, lora_B.shape[0]),)
-    kind = x.device.type
-    if (
-        torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
-    ):  # vmap, jvp, tracing see plain torch
-        return lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, mask, spans)
+    spans, kind = spans or ((0, lora_B.shape[0]),), x.device.type
+    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
+        return lora_linear_reference(
+            x, weight, bias, lora_A, lora_B, scaling, mask, spans
+        )  # vmap, jvp, tracing: plain torch
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         x, mask = x.to(dtype), None if mask is None else mask.to(dtype)
         weight = weight if is_quantized(weight) else weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(kind, enabled=False):
-            return _apply(x, weight, bias, lora_A, lora_B, scaling, mask, spans)
-    return _apply(x, weight, bias, lora_A, lora_B, scaling, mask, spans)
-
-
-def _apply(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    mask: Tensor | None,
-    spans: Spans,
-) -> Tensor:
-    operands = (x, weight, bias, lora_A, lora_B, scaling, mask, spans)
-    if not torch.is_grad_enabled():
-        return _forward(*operands)[0]
-    result: Tensor = LoraLinearFunction.apply(*operands)  # type: ignore[no-untyped-call]
-    return result
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
+        operands = (x, weight, bias, lora_A, lora_B, scaling, mask, spans)
+        if not torch.is_grad_enabled():
+            return _forward(*operands)[0]
+        result: Tensor = LoraLinearFunction.apply(*operands)  # type: ignore[no-untyped-call]
+        return result
 
 
 def _forward(
