@@ -230,7 +230,7 @@ class _Merge:
     def tell(self, report: MergeReport) -> None:
         """What the merge did, as notes. Raises ModelError if the base's dtype swallowed half of the adapter's change."""
         if report.layers and not report.surviving and not report.with_lengths:
-            self.on_event(Note("merge: the adapter changes nothing (lora_B is zero everywhere)", warning=True))
+            self.on_event(Note("merge: the factors change nothing (lora_B is zero everywhere)", warning=True))
         if report.untied:
             self.on_event(
                 Note("merge: the adapter changes one of two embeddings that shared a weight; they are separate now")
