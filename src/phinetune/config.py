@@ -18,6 +18,7 @@ from phinetune.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 
+_MOST_VALUES = 100_000
 STRICT = {"extra": "forbid", "use_attribute_docstrings": True}
 """The `__pydantic_config__` of every config dataclass."""
 
@@ -55,6 +56,11 @@ def _fields_at(cls: Any, location: list[str]) -> list[str]:
 
 def read_config(file: str | Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file. Raises ConfigError with file, line and column for anything else."""
+    return read_config_text(file)[1]
+
+
+def read_config_text(file: str | Path) -> tuple[str, dict[str, Any]]:
+    """(text, mapping) of a YAML or JSON file; see `read_config`."""
     path = Path(file)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -63,12 +69,59 @@ def read_config(file: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        values = json.loads(text) if path.suffix == ".json" else read_yaml(text, str(path))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
+        values = read_json(text, str(path)) if path.suffix == ".json" else read_yaml(text, str(path))
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold key: value pairs, found {type(values).__name__}")
-    return values
+    return text, values
+
+
+def read_json(text: str, source: str) -> Any:
+    """`text` as JSON in which no key is given twice. Raises ConfigError naming `source`."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in items]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise ConfigError(f"{source}: {twice}: this key is given twice")
+        return dict(items)
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{source}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
+
+
+def locate(error: ConfigError, text: str, file: Path) -> ConfigError:
+    """`error` with file and line before each problem whose path ("passes.lora.r: ...") is found in `text`."""
+    import yaml
+
+    try:
+        root = yaml.compose(text.replace("\t", " "), yaml.SafeLoader)
+    except yaml.YAMLError:
+        root = None
+    problems = []
+    for problem in error.problems:
+        path = re.match(r"[\w.\-\[\]]+(?=:)", problem)
+        line = _line(root, re.findall(r"[^.\[\]]+", path.group())) if path else None
+        problems.append(f"{file}:{line}: {problem}" if line else f"{file}: {problem}")
+    return ConfigError(problems, error.hint)
+
+
+def _line(node: Any, path: list[str]) -> int | None:
+    """The line of the last key of `path` that is there, from 1."""
+    line = None
+    for part in path:
+        if isinstance(node.value, list) and node.value and isinstance(node.value[0], tuple):
+            found = next(((k, v) for k, v in node.value if k.value == part), None)
+        elif isinstance(node.value, list) and part.isdigit() and int(part) < len(node.value):
+            found = (node.value[int(part)],) * 2
+        else:
+            found = None
+        if found is None:
+            return line
+        line, node = found[0].start_mark.line + 1, found[1]
+    return line
 
 
 def read_yaml(text: str, source: str) -> Any:
@@ -91,6 +144,7 @@ def read_yaml(text: str, source: str) -> Any:
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
     )
     try:
+        _refuse_explosion(text, source)
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -99,6 +153,31 @@ def read_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}{where}: not valid YAML: {reason}") from None
     except ValueError as error:  # 2024-13-45 is read as a date that cannot be
         raise ConfigError(f"{source}: not valid YAML: {error}", 'put text in "quotes"') from None
+
+
+def _refuse_explosion(text: str, source: str) -> None:
+    """Raises ConfigError for anchors that refer to one another until a few lines stand for millions of values."""
+    import yaml
+
+    sizes: dict[str, int] = {}
+    open_at: list[tuple[str | None, int]] = []  # anchors of the collections that are open, and the count when they began
+    count = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.events.AliasEvent):
+            count += sizes.get(event.anchor, _MOST_VALUES)  # an alias within its own anchor never ends
+        elif isinstance(event, yaml.events.CollectionStartEvent):
+            open_at.append((event.anchor, count))
+            count += 1
+        elif isinstance(event, yaml.events.CollectionEndEvent):
+            anchor, began = open_at.pop()
+            if anchor:
+                sizes[anchor] = count - began
+        elif isinstance(event, yaml.events.ScalarEvent):
+            count += 1
+            if event.anchor:
+                sizes[event.anchor] = 1
+        if count >= _MOST_VALUES:
+            raise ConfigError(f"{source}: its anchors stand for more than {_MOST_VALUES:,} values", "write them out")
 
 
 def apply_settings(values: dict[str, Any], settings: typing.Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,8 @@
     ├── TrainingError         nothing to learn in a batch, or a loss that is not finite
     ├── OutputError           the output folder: occupied, not writable, disk full
     ├── ExportError           an ONNX build, or its verification
+    ├── PassError             a pass of a workflow that failed by a bug, its own or ours (exit code 1)
+    ├── InfeasibleError       no trial meets every constraint (exit code 3)
     └── MissingPackageError   a package that an extra installs
 
 Anything else that escapes is a bug: it keeps its traceback and ends with exit code 1.
@@ -60,6 +62,18 @@ class OutputError(PhinetuneError):
 
 class ExportError(PhinetuneError):
     """The ONNX builder failed, or what it built is not what was asked for."""
+
+
+class PassError(PhinetuneError):
+    """A pass failed by a bug; its traceback is in the run's log."""
+
+    exit_code = 1
+
+
+class InfeasibleError(PhinetuneError):
+    """Nothing that was tried meets every constraint; the problems are the nearest misses."""
+
+    exit_code = 3
 
 
 class MissingPackageError(PhinetuneError):

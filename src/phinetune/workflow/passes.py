@@ -1,0 +1,157 @@
+"""What a pass is, and the table of them: a function and a config dataclass, nothing more.
+
+    PASSES = {"Prune": Pass(prune, PruneConfig, takes=("hf",), gives="hf")}
+
+`prune(job, folder)` reads `job.input` and writes an artifact's files into `folder`; the workflow names the folder, caches it by content,
+and puts it in place whole. A third party adds passes by the entry-point group `phinetune.passes` (each entry a `Pass`), or by a
+`user_script` that holds such a table. Not here: phinetune's own passes (`stages.py`), running them (`run.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from phinetune.artifact import file_hash
+from phinetune.config import parse
+from phinetune.data.messages import DataConfig
+from phinetune.errors import ConfigError, did_you_mean
+from phinetune.events import OnEvent, log_event
+from phinetune.systems.config import AcceleratorConfig
+from phinetune.workflow.config import PassEntry
+
+GROUP = "phinetune.passes"
+NO_SPACE = ("data", "eval_data", "user_script")
+"""Keys of a pass that cannot be searched over."""
+
+
+@dataclass(frozen=True)
+class PassJob:
+    """What a pass is given: its config, its input artifact, the workflow's data, and where to leave the result."""
+
+    config: Any
+    input: str
+    """Folder of the artifact, or the name of the base model that goes into the first pass."""
+    output: Path
+    """Where the finished artifact will be."""
+    model_kwargs: dict[str, Any]
+    data: dict[str, DataConfig]
+    seed: int | None = None
+    on_event: OnEvent = log_event
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass: `run(job, folder)` fills `folder`, and may return figures for the artifact's manifest."""
+
+    run: Callable[[PassJob, Path], dict[str, Any] | None]
+    config: type
+    """A frozen dataclass: the pass's keys, their types and defaults."""
+    takes: tuple[str, ...]
+    """Kinds of artifact it can begin with: hf, adapter, onnx."""
+    gives: str
+    """Kind of artifact it leaves."""
+    version: int = 1
+    """Raised when the same input gives another output: what is cached is made again then."""
+    whole: bool = False
+    """`run` puts the finished folder at `job.output` itself, manifest and all; `folder` is `job.output` then."""
+    data: tuple[str, ...] = ()
+    """Keys that name data configs; the first one is what it trains on."""
+    files: tuple[str, ...] = ()
+    """Keys that name files: their content belongs to the cache key."""
+    gather: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """Puts flat keys into groups before the config is read."""
+    known: tuple[str, ...] = ()
+    """Flat keys that `gather` knows, for "did you mean"."""
+    check: Callable[[PassJob], None] | None = None
+    """Raises a PhinetuneError, before any work begins, for what reading the config alone does not show."""
+    for_target: Callable[[AcceleratorConfig], dict[str, Any]] | None = None
+    """Values of keys that follow from what the result is for; given ones win. Raises ConfigError if the pass cannot serve it."""
+
+
+def pass_table() -> dict[str, Pass]:
+    """Every pass by name: phinetune's own, and those that installed packages add. A package cannot replace one of ours."""
+    from phinetune.workflow.stages import PASSES
+
+    added: dict[str, Pass] = {}
+    for entry in metadata.entry_points(group=GROUP):
+        if entry.name in PASSES:
+            raise ConfigError(f"{entry.value}: adds a pass called {entry.name}, which is phinetune's own")
+        try:
+            added[entry.name] = entry.load()
+        except Exception as error:
+            raise ConfigError(f"the pass {entry.name} of {entry.value} cannot be loaded: {_reason(error)}") from error
+        if not isinstance(added[entry.name], Pass):
+            raise ConfigError(f"{entry.value}: must be a phinetune.Pass (found: {type(added[entry.name]).__name__})")
+    return {**PASSES, **added}
+
+
+def find_pass(entry: PassEntry, table: dict[str, Pass]) -> Pass:
+    """The pass of `entry`, by its type in any case. Raises ConfigError with the nearest name, or if its `user_script` fails."""
+    if entry.user_script:
+        table = {**table, **script_passes(entry.user_script, f"{entry.path}.user_script")}
+    by_name = {name.lower(): name for name in table}
+    name = by_name.get(entry.type.lower())
+    if name is None:
+        from phinetune.workflow.stages import REFUSED
+
+        why = {n.lower(): text for n, text in REFUSED.items()}.get(entry.type.lower())
+        raise ConfigError(
+            f"{entry.path}.type: no pass is called {entry.type!r}{': ' + why if why else did_you_mean(entry.type, table)}",
+            f"the passes are {', '.join(table)}",
+        )
+    return table[name]
+
+
+def script_passes(script: str, path: str) -> dict[str, Pass]:
+    """The `PASSES` of a user's script. Raises ConfigError if it is not there, fails to import, or holds none."""
+    file = Path(script).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"{path}: {script}: no such file")
+    name = f"phinetune_user_script_{file_hash(file)[:12]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"{path}: {script}: not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException as error:
+            del sys.modules[name]
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise ConfigError(f"{path}: {script} fails to import: {_reason(error)}") from error
+    passes = getattr(sys.modules[name], "PASSES", None)
+    if not isinstance(passes, dict) or not passes or not all(isinstance(p, Pass) for p in passes.values()):
+        raise ConfigError(f"{path}: {script}: must define PASSES, a dictionary of names and phinetune.Pass")
+    return passes
+
+
+def parse_pass(entry: PassEntry, pass_: Pass, values: dict[str, Any], target: AcceleratorConfig | None = None) -> Any:
+    """The config object of a pass from its keys, spaces filled. Raises ConfigError with every unknown key and wrong value."""
+    implied = pass_.for_target(target) if pass_.for_target and target else {}
+    values = {**implied, **values}
+    if not pass_.gather:
+        return parse(pass_.config, values, entry.path)
+    fields = [f.name for f in dataclasses.fields(pass_.config)]
+    unknown = [key for key in values if key not in fields and key not in pass_.known]
+    problems = [f"{entry.path}.{key}: unknown key{did_you_mean(key, [*fields, *pass_.known])}" for key in unknown]
+    try:
+        return_value = parse(pass_.config, pass_.gather({k: v for k, v in values.items() if k not in unknown}), entry.path)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return return_value
+
+
+def _reason(error: BaseException) -> str:
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if type(error).__name__ in text else f"{type(error).__name__}: {text}"
