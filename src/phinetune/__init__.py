@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from phinetune.generation.load import load_generator
     from phinetune.lora.config import LoraConfig
     from phinetune.serving.chat import ChatSession
+    from phinetune.workflow.assess import assess
     from phinetune.workflow.evaluate import evaluate
     from phinetune.workflow.export import export
     from phinetune.workflow.finetune import finetune
@@ -34,6 +35,7 @@ _HOME = {
     "ExportConfig": "phinetune.exporting.config",
     "LoraConfig": "phinetune.lora.config",
     "PhinetuneError": "phinetune.errors",
+    "assess": "phinetune.workflow.assess",
     "evaluate": "phinetune.workflow.evaluate",
     "export": "phinetune.workflow.export",
     "finetune": "phinetune.workflow.finetune",
@@ -50,6 +52,7 @@ __all__ = [
     "LoraConfig",
     "PhinetuneError",
     "__version__",
+    "assess",
     "evaluate",
     "export",
     "finetune",

@@ -160,6 +160,12 @@ def evaluate(
             help="Longest answer, in tokens (default: half as much again as the longest reference).", show_default=False
         ),
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Further numbers: perplexity,f1,latency_p50,size,... (docs/concepts.md).", show_default=False
+        ),
+    ] = None,
     base_model: BaseModel = None,
     config: ConfigFile = None,
     settings: Set = None,
@@ -169,7 +175,7 @@ def evaluate(
 
     --model is the output folder of finetune, merge or export, or a base model. For a model that phinetune trained, data file, templates and split default to those of its training.
     """
-    from phinetune.cli.console import Terminal, out, stage_table
+    from phinetune.cli.console import Terminal, metric_lines, out, stage_table
     from phinetune.cli.options import arguments
     from phinetune.workflow.evaluate import evaluate as stage
 
@@ -181,11 +187,13 @@ def evaluate(
         "split": split,
         "output": output,
     }
-    options |= {"max_new_tokens": max_new_tokens, "base_model": base_model}  # type: ignore[dict-item]
+    options |= {"max_new_tokens": max_new_tokens, "base_model": base_model, "metrics": metrics}  # type: ignore[dict-item]
     with Terminal(quiet) as on_event:
         result = stage(**arguments(stage, config, settings or [], options), on_event=on_event)
     console = out()
     console.print(stage_table([result]))
+    for line in metric_lines(result):
+        console.print(line, markup=False)
     for wrong in result.wrong[:3]:
         console.print(f"wrong: {wrong['place']}: {wrong['answer']!r} instead of {wrong['reference']!r}", markup=False)
 

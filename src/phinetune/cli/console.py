@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from phinetune.errors import PhinetuneError
+from phinetune.evaluation.measurements import measurements
 from phinetune.evaluation.results import StageResult
 from phinetune.events import Event, Note, Progress
 
@@ -120,6 +121,24 @@ def stage_table(stages: list[StageResult]) -> Table:
             f"{s.seconds_evaluated:.1f} s",
         )
     return table
+
+
+def metric_lines(stage: StageResult) -> list[str]:
+    """A line for each number beyond exact match: name, value, unit."""
+    known = measurements()
+    width = max(map(len, stage.metrics), default=0)
+    return [
+        f"{name:<{width}}   {_number(value, known[name].unit)}"
+        for name, value in stage.metrics.items()
+        if name != "exact_match"
+    ]
+
+
+def _number(value: float, unit: str) -> str:
+    """`value` for people, in `unit`."""
+    if unit == "bytes":
+        return size_text(value)
+    return f"{value:.1%}" if unit == "share" else f"{value:.4g} {unit}".rstrip()
 
 
 def out() -> Console:

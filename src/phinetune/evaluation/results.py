@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phinetune.artifact import disk_errors, versions, write_json
-from phinetune.evaluation.score import Score
+from phinetune.evaluation.score import Answer, Score
 
 _WRONG_SHOWN = 20
 
@@ -29,15 +31,23 @@ class StageResult:
     seconds_made: float
     seconds_evaluated: float
     wrong: list[dict[str, str]]
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Every metric and measurement that was asked for, by name."""
 
 
-def stage_result(score: Score, path: Path, size_bytes: int, seconds_made: float = 0.0) -> StageResult:
-    """The row of `score`; the first wrong answers are kept, for reading."""
-    wrong = [
+def wrong_answers(answers: Sequence[Answer]) -> list[dict[str, str]]:
+    """The first answers that are not the reference, for reading: where the example stands, the reference, the answer."""
+    wrong = (a for a in answers if a.scores["exact_match"] < 1)
+    return [
         {"place": Path(a.place).name, "reference": a.reference, "answer": a.answer}
-        for a in score.answers
-        if a.scores["exact_match"] < 1
+        for a in itertools.islice(wrong, _WRONG_SHOWN)
     ]
+
+
+def stage_result(
+    score: Score, path: Path, size_bytes: int, seconds_made: float = 0.0, metrics: dict[str, float] | None = None
+) -> StageResult:
+    """The row of `score`, with the first wrong answers and, where more than exact_match was asked for, `metrics`."""
     interval = (round(score.interval[0], 4), round(score.interval[1], 4))
     return StageResult(
         score.stage,
@@ -51,7 +61,8 @@ def stage_result(score: Score, path: Path, size_bytes: int, seconds_made: float 
         size_bytes,
         round(seconds_made, 2),
         score.seconds,
-        wrong[:_WRONG_SHOWN],
+        wrong_answers(score.answers),
+        {"exact_match": score.metrics["exact_match"]} if metrics is None else metrics,
     )
 
 

@@ -54,9 +54,17 @@ def answer_limit(examples: Any, contract: Any) -> int:
 
 
 def score(
-    generator: Generator, examples: Any, stage: str, max_new_tokens: int | None = None, on_event: OnEvent = log_event
+    generator: Generator,
+    examples: Any,
+    stage: str,
+    max_new_tokens: int | None = None,
+    on_event: OnEvent = log_event,
+    metrics: Sequence[str] | None = None,
 ) -> Score:
-    """Answer every example of `examples` (an `Examples`) and score the answers with every metric."""
+    """Answer every example of `examples` (an `Examples`) and score the answers with every metric, or with exact_match and `metrics`."""
+    chosen = {
+        name: METRICS[name] for name in (METRICS if metrics is None else dict.fromkeys(["exact_match", *metrics]))
+    }
     limit = max_new_tokens or answer_limit(examples, generator.contract)
     rows: Sequence[dict[str, Any]] = list(examples.table)
     prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
@@ -64,7 +72,7 @@ def score(
     answers = []
     on_event(Progress(f"evaluating {stage}", 0, len(rows)))
     for row, completion in zip(rows, generator.complete(prompts, limit), strict=True):
-        scores = {name: metric(completion.text, row["completion"]) for name, metric in METRICS.items()}
+        scores = {name: metric(completion.text, row["completion"]) for name, metric in chosen.items()}
         answers.append(Answer(row["place"], row["completion"], completion.text, completion.stopped, scores))
         on_event(
             Progress(
@@ -76,8 +84,6 @@ def score(
         )
     seconds = time.perf_counter() - start
     n = len(answers)
-    metrics = {name: sum(a.scores[name] for a in answers) / n for name in METRICS}
+    means = {name: sum(a.scores[name] for a in answers) / n for name in chosen}
     stops = sum(a.stopped for a in answers) / n
-    return Score(
-        stage, n, metrics, wilson_interval(metrics["exact_match"], n), stops, round(seconds, 2), tuple(answers)
-    )
+    return Score(stage, n, means, wilson_interval(means["exact_match"], n), stops, round(seconds, 2), tuple(answers))

@@ -44,6 +44,19 @@ def load_generator(
     return TorchGenerator(model, load_base_contract(folder, trust))
 
 
+def find_contract(
+    name: str, model_kwargs: dict[str, Any] | None = None, base_model: str | None = None, on_event: OnEvent = log_event
+) -> PromptContract:
+    """The prompt contract that the generator for `name` will have, without loading its weights."""
+    folder, kind = find(name, model_kwargs, on_event)
+    if kind == "onnx":
+        return load_contract(folder)
+    if kind == "adapter":
+        trust = {**trained_overrides(folder), **(model_kwargs or {})}.get("trust_remote_code", False)
+        return adapter_contract(folder, adapter_base(folder, base_model, on_event), bool(trust))
+    return load_base_contract(folder, bool((model_kwargs or {}).get("trust_remote_code", False)))
+
+
 def load_adapted(
     folder: Path,
     model_kwargs: dict[str, Any] | None = None,

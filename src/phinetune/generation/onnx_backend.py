@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phinetune.data.examples import MASKED
 from phinetune.errors import ExportError, MissingPackageError
-from phinetune.generation.protocol import Completion, Sampling, completion
+from phinetune.generation.protocol import Completion, LabelledIds, Sampling, completion
 from phinetune.model.contract import PromptContract, load_contract
 
 
@@ -59,6 +60,42 @@ class OnnxGenerator:
         generator = og.Generator(self.model, params)
         generator.append_tokens(np.array(ids, dtype=np.int32))
         return np.array(generator.get_output("logits"), dtype=np.float32)[0, -1].copy()
+
+    def label_losses(self, rows: Sequence[LabelledIds]) -> Iterator[list[float]]:
+        """See `Generator`. One row at a time."""
+        import numpy as np
+
+        for ids, labels in rows:
+            predicted = [i for i in range(1, len(labels)) if labels[i] != MASKED]  # position i is predicted at i - 1
+            if not predicted:
+                yield []
+                continue
+            logits = self._logits_from(list(ids[: predicted[-1]]), predicted[0] - 1)
+            rows_of = logits[[i - predicted[0] for i in predicted]].astype(np.float64)  # (N, vocabulary)
+            highest = rows_of.max(-1, keepdims=True)
+            norms = np.log(np.exp(rows_of - highest).sum(-1)) + highest[:, 0]
+            yield (norms - rows_of[np.arange(len(predicted)), [labels[i] for i in predicted]]).tolist()
+
+    def _logits_from(self, ids: Sequence[int], start: int) -> Any:
+        """float32 logits (len(ids) - start, vocabulary) after each of `ids` from `start` on, in one go where the graph gives them."""
+        import numpy as np
+        import onnxruntime_genai as og
+
+        params = og.GeneratorParams(self.model)
+        params.set_search_options(max_length=min(len(ids) + 1, self.contract.max_length))
+        generator = og.Generator(self.model, params)
+        generator.append_tokens(np.array(ids, dtype=np.int32))
+        found = np.array(generator.get_output("logits"), dtype=np.float32)[
+            0
+        ]  # (T, vocabulary), or of the last tokens only
+        if len(found) >= len(ids) - start:
+            return found[len(found) - (len(ids) - start) :]
+        generator = og.Generator(self.model, params)
+        rows = []
+        for begin, end in [(0, start + 1), *((i, i + 1) for i in range(start + 1, len(ids)))]:
+            generator.append_tokens(np.array(ids[begin:end], dtype=np.int32))
+            rows.append(np.array(generator.get_output("logits"), dtype=np.float32)[0, -1].copy())
+        return np.stack(rows)
 
 
 def onnx_runtime() -> Any:

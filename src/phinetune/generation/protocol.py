@@ -28,6 +28,10 @@ class Completion:
     stopped: bool
 
 
+LabelledIds = tuple[Sequence[int], Sequence[int]]
+"""(ids, labels) of one example, equally long: -100 where the token is not learned, else the token's id."""
+
+
 class Generator(Protocol):
     """A loaded model with its prompt contract."""
 
@@ -40,6 +44,10 @@ class Generator(Protocol):
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """Token ids of one answer as they come; a stop id, if it comes, is the last."""
+        ...
+
+    def label_losses(self, rows: Sequence[LabelledIds]) -> Iterator[list[float]]:
+        """For each row, in order: the negative log-likelihood, in nats, of each token that has a label, given all before it."""
         ...
 
 

@@ -6,8 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phinetune.generation.protocol import Completion, Sampling, completion
+from phinetune.data.batches import padded_batch
+from phinetune.generation.protocol import Completion, LabelledIds, Sampling, completion
 from phinetune.model.contract import PromptContract
+
+_TOKENS = 2048  # of a batch whose losses are computed: there may be logits for every one of them
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,40 @@ class TorchGenerator:
             if token in self.contract.stop_ids:
                 return
             ids = torch.tensor([[token]], device=self.model.device)
+
+    def label_losses(self, rows: Sequence[LabelledIds]) -> Iterator[list[float]]:
+        """See `Generator`. Rows of like length share a batch, and logits are computed only where a label is predicted."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+        losses: dict[int, list[float]] = {}
+        waiting = 0
+        while order:
+            chosen = [order.pop()]  # the longest first: it sets the width
+            while order and (len(chosen) + 1) * len(rows[chosen[0]][0]) <= _TOKENS and len(chosen) < self.batch_size:
+                chosen.append(order.pop())
+            losses.update(zip(chosen, self._losses([rows[i] for i in chosen]), strict=True))
+            while waiting in losses:
+                yield losses.pop(waiting)
+                waiting += 1
+
+    def _losses(self, rows: Sequence[LabelledIds]) -> list[list[float]]:
+        import torch
+        import torch.nn.functional as F
+
+        from phinetune.training.loss import head_only_at, learned_positions
+
+        named = [{"input_ids": list(ids), "labels": list(labels)} for ids, labels in rows]
+        batch = {k: t.to(self.model.device) for k, t in padded_batch(named, self.contract.pad_token_id).items()}
+        positions, targets = learned_positions(batch["labels"])  # (N,)
+        if not len(targets):
+            return [[] for _ in rows]
+        with torch.inference_mode(), head_only_at(self.model.get_output_embeddings(), positions):
+            logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits  # (N, vocabulary)
+            found = F.cross_entropy(logits.float(), targets, reduction="none").tolist()
+        losses: list[list[float]] = [[] for _ in rows]
+        width = batch["labels"].shape[1]
+        for position, loss in zip(positions.tolist(), found, strict=True):
+            losses[position // width].append(loss)
+        return losses
 
 
 def choose(logits: Any, sampling: Sampling, generator: Any) -> int:
