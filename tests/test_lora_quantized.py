@@ -326,3 +326,193 @@ def test_a_layer_that_gpt2_stores_the_other_way_round_merges_into_what_four_bits
     assert (merged(ids).logits - adapted).abs().max() < 1e-3
     with pytest.raises(AdapterError, match="is a 4-bit Conv1D"):
         lora.merge(model)
+
+
+# LoftQ: the factors start at what 4 bits took from the weights.
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def stored(folder: Path) -> Any:
+    from phinetune.workflow.original import OriginalWeights
+
+    return OriginalWeights(folder)
+
+
+def test_loftq_starts_as_near_to_the_original_as_the_rank_allows(folder: Path) -> None:
+    model, original = quantized(folder), stored(folder)
+    config = LoraConfig(
+        r=6, lora_alpha=15, target_modules=ALL, init_lora_weights="loftq", loftq_config={"loftq_bits": 4}
+    )
+    adapter = lora.inject(model, config, original)
+    assert len(adapter.layers) == 14
+    for name, layer in adapter.layers.items():
+        lost = original(name).float() - dense(layer.weight, torch.float32)
+        left = torch.linalg.norm(lost - layer.delta())
+        wanted = torch.linalg.svdvals(lost)[6:].square().sum().sqrt()
+        torch.testing.assert_close(left, wanted, rtol=1e-4, atol=1e-5)
+        assert left < torch.linalg.norm(lost)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_before_training_the_logits_are_nearer_to_the_original_than_those_of_four_bits(
+    kind: str, tmp_path: Path
+) -> None:
+    from tiny import tiny_folder
+
+    base = tiny_folder(tmp_path / kind, kind)
+    plain = load_model(base, LoadPlan(torch.float32, CPU))(IDS).logits
+    plan = LoadPlan(torch.float32, CPU, quantization=Quantization())
+    rounded = (load_model(base, plan)(IDS).logits - plain).norm()
+    gaps = []
+    for r in (4, 16, 32):
+        model = load_model(base, plan)
+        lora.inject(model, LoraConfig(r=r, target_modules=ALL, init_lora_weights="loftq"), stored(base))
+        gaps.append(float((model(IDS).logits - plain).norm()))
+    assert rounded > gaps[0] > gaps[1] > gaps[2] and gaps[2] < rounded / 2
+
+
+def test_slices_of_a_fused_layer_get_directions_of_their_own(tmp_path: Path) -> None:
+    from tiny import tiny_folder
+
+    base = tiny_folder(tmp_path / "phi3", "phi3")
+    model = load_model(base, LoadPlan(torch.float32, CPU, quantization=Quantization()))
+    original = stored(base)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="loftq")
+    for name, layer in lora.inject(model, config, original).layers.items():
+        lost, change = original(name) - dense(layer.weight, torch.float32), layer.delta()
+        for start, stop in layer.spans:
+            wanted = torch.linalg.svdvals(lost[start:stop])[4:].square().sum().sqrt()
+            torch.testing.assert_close(torch.linalg.norm((lost - change)[start:stop]), wanted, rtol=1e-4, atol=1e-5)
+        assert not change[64:96].any()  # k_proj
+
+
+def test_weights_that_gpt2_stores_the_other_way_round_are_read_as_the_layer_has_them(tmp_path: Path) -> None:
+    from phinetune.model.load import quiet_transformers
+    from zoo import zoo_model
+
+    with quiet_transformers():
+        zoo_model("gpt2").save_pretrained(str(tmp_path / "base"))
+    model = load_model(tmp_path / "base", LoadPlan(torch.float32, CPU, quantization=Quantization()))
+    config = LoraConfig(r=4, target_modules=["c_attn", "attn.c_proj"], init_lora_weights="loftq")
+    original = stored(tmp_path / "base")
+    for name, layer in lora.inject(model, config, original).layers.items():
+        lost = original(name) - dense(layer.weight, torch.float32)
+        assert lost.norm() < 0.2 * original(name).norm()  # the same weight, rounded: also of c_proj, which is square
+        assert (lost - layer.delta()).norm() < lost.norm()
+
+
+def test_with_dora_the_lengths_are_those_that_the_layer_starts_with(folder: Path) -> None:
+    logits = []
+    for use_dora in (False, True):
+        model = quantized(folder)
+        config = LoraConfig(r=4, target_modules=ALL, init_lora_weights="loftq", use_dora=use_dora)
+        lora.inject(model, config, stored(folder))
+        logits.append(model(IDS).logits)
+    assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].abs().max()
+
+
+def test_a_layer_that_is_not_in_four_bits_starts_without_a_change_and_is_named(folder: Path) -> None:
+    notes: list[str] = []
+    model = quantized(folder)
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights="loftq")
+    adapter = lora.inject(
+        model, config, stored(folder), lambda e: notes.append(e.text) if isinstance(e, Note) else None
+    )
+    assert [n for n, layer in adapter.layers.items() if not layer.lora_B.any()] == ["lm_head"]
+    assert any("lm_head is not in 4 bits and starts without a change" in note for note in notes)
+
+
+def test_loftq_without_four_bits_or_without_the_original_is_refused(folder: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="loftq")
+    plain = load_model(folder, LoadPlan(torch.bfloat16, CPU))
+    with pytest.raises(ConfigError, match=r"model_kwargs\.load_in_4bit"):
+        lora.inject(plain, config, stored(folder))
+    with pytest.raises(ConfigError, match="for a base model in 4 bits"):
+        lora.Adapters(plain).add("a", config)
+    model = quantized(folder)
+    with pytest.raises(ConfigError, match="needs the weights before they were rounded"):
+        lora.inject(model, config)
+    with pytest.raises(AdapterError, match="original weight has shape"):
+        lora.inject(model, config, lambda name: torch.zeros(3, 3))
+    from tiny import PROMPT, tone_rows, write_rows
+
+    data = {"path": str(write_rows(tmp_path / "rows.jsonl", tone_rows())), **PROMPT}
+    with pytest.raises(ConfigError, match=r"load_in_4bit") as caught:
+        phinetune.finetune(str(folder), data, {}, {"init_lora_weights": "loftq"}, {}, tmp_path / "out")
+    assert "peft_config.init_lora_weights" in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"loftq_bits": 8}, "loftq_config.loftq_bits: only 4 bits"),
+        (
+            {"loftq_iter": 2},
+            "loftq_config.loftq_iter: only 1 iteration is supported: each further one changes the base",
+        ),
+        ({"loftq_iters": 1}, 'loftq_config.loftq_iters: unknown key, did you mean "loftq_iter"'),
+        ({"loftq_iter": True}, "loftq_config.loftq_iter: only 1"),
+        ([4], "loftq_config: must be names and values"),
+    ],
+)
+def test_what_loftq_cannot_do_here_is_refused_by_key(values: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        lora.parse_lora_config({"init_lora_weights": "loftq", "loftq_config": values})
+    assert f"peft_config.{message}" in str(caught.value)
+
+
+def test_the_config_of_peft_is_read_and_needs_its_start() -> None:
+    from peft import LoftQConfig
+
+    config = lora.parse_lora_config(
+        {"init_lora_weights": "loftq", "loftq_config": LoftQConfig(loftq_bits=4, loftq_iter=1)}
+    )
+    assert config.loftq_config == {"loftq_bits": 4, "loftq_iter": 1}
+    with pytest.raises(ConfigError, match="loftq_config: needs init_lora_weights"):
+        lora.parse_lora_config({"loftq_config": {"loftq_bits": 4}})
+    assert lora.parse_lora_config({"init_lora_weights": "loftq", "loftq_config": None}).loftq_config == {}
+
+
+def test_an_adapter_that_began_with_loftq_trains_resumes_merges_and_is_read_by_peft(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    from phinetune.generation.load import load_adapted
+    from phinetune.model.probe import distance, probe_logits
+    from test_training import FAST, Kill, adapter_bytes, killed_at
+    from tiny import PROMPT, tiny_folder, tone_rows, write_rows
+
+    base = tiny_folder(tmp_path / "base", "llama")
+    data = {"path": str(write_rows(tmp_path / "rows.jsonl", tone_rows())), **PROMPT}
+    peft = {"r": 4, "target_modules": ALL, "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}
+    kwargs = {"load_in_4bit": True, "torch_dtype": "float32"}
+    config = {**FAST, "save_steps": 3}
+    whole = phinetune.finetune(str(base), data, config, peft, kwargs, tmp_path / "whole")
+    with pytest.raises(Kill):
+        phinetune.finetune(str(base), data, config, peft, kwargs, tmp_path / "again", on_event=killed_at(5))
+    again = phinetune.finetune(str(base), data, config, peft, kwargs, tmp_path / "again")
+    assert again.manifest["figures"]["resumed_at_step"] > 0
+    assert adapter_bytes(again.folder) == adapter_bytes(whole.folder)
+
+    saved = json.loads((whole.folder / "adapter_config.json").read_text())
+    assert saved["init_lora_weights"] is True and "loftq_config" not in saved and saved["r"] == 4
+    assert whole.manifest["quantization"]["quant_type"] == "nf4"
+    model, contract = load_adapted(whole.folder, on_event=lambda event: None)
+    assert len(quantized_layers(model)) == 14
+    adapted = probe_logits(model, contract)
+    assert distance(adapted, whole.manifest["probe_logits"]) < 1e-4
+
+    figures, _ = merged(whole.folder, tmp_path / "merged")
+    distances = figures["distance_to_trained"]
+    assert figures["base"] == "dequantized" and distances["dequantized"] < distances["original"] / 5
+    plain = load_model(tmp_path / "merged", LoadPlan(torch.float32, CPU))
+    assert (probe_logits(plain, contract) - adapted).abs().max() < 1e-3
+    _, notes = merged(whole.folder, tmp_path / "merged-into-the-original", "original")
+    assert any("began as what 4 bits took" in note for note in notes)
+
+    theirs = PeftModel.from_pretrained(
+        load_model(base, LoadPlan(torch.float32, CPU, quantization=Quantization())), str(whole.folder)
+    )
+    ids = torch.tensor([list(contract.probes[0].ids)])
+    with torch.no_grad():
+        assert (theirs.eval()(input_ids=ids).logits[0, -1] - adapted[0]).abs().max() < 1e-3

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from phinetune.workflow.finetune import finetune
     from phinetune.workflow.merge import merge
     from phinetune.workflow.quickstart import quickstart
+    from phinetune.workflow.truncate import truncate
 
 _HOME = {
     "ChatSession": "phinetune.serving.chat",
@@ -42,6 +43,7 @@ _HOME = {
     "load_generator": "phinetune.generation.load",
     "merge": "phinetune.workflow.merge",
     "quickstart": "phinetune.workflow.quickstart",
+    "truncate": "phinetune.workflow.truncate",
 }
 
 __version__ = "0.1.0"
@@ -59,6 +61,7 @@ __all__ = [
     "load_generator",
     "merge",
     "quickstart",
+    "truncate",
 ]
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from phinetune.lora.merging import merge
     from phinetune.lora.stream import merge_files
     from phinetune.lora.targets import find_targets
+    from phinetune.lora.truncation import Truncation, truncate_adapter
 
 _HOME = {
     "Adapter": "injection",
@@ -51,6 +52,7 @@ _HOME = {
     "LoraConfig": "config",
     "MergedLinear": "linear",
     "SavedAdapter": "adapter",
+    "Truncation": "truncation",
     "adapter_of": "injection",
     "find_targets": "targets",
     "inject": "injection",
@@ -67,6 +69,7 @@ _HOME = {
     "read_adapter": "adapter",
     "read_lora_state_dict": "loralib",
     "save_adapter": "adapter",
+    "truncate_adapter": "truncation",
 }
 
 __all__ = [
@@ -82,6 +85,7 @@ __all__ = [
     "LoraConfig",
     "MergedLinear",
     "SavedAdapter",
+    "Truncation",
     "adapter_of",
     "find_targets",
     "inject",
@@ -98,6 +102,7 @@ __all__ = [
     "read_adapter",
     "read_lora_state_dict",
     "save_adapter",
+    "truncate_adapter",
 ]
 
 

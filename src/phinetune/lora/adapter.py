@@ -51,21 +51,24 @@ def save_adapter(
     Factors are written in float32. `split` writes fused layers as one adapter for each slice (q_proj, k_proj, v_proj), for runtimes
     that have them apart. Raises AdapterError for a layer without a form in PEFT's format.
     """
-    from safetensors.torch import save_file
-
     adapter = adapter if isinstance(adapter, Adapter) else adapter_of(adapter)
     if split and adapter.config.fused_modules:
         raise AdapterError(
             "split: PEFT's files cannot say what fused_modules are, so their slices could not be read back"
         )
-    folder = Path(folder)
+    write_adapter(adapter_state(adapter, split), peft_config(adapter, base_model, split), Path(folder), base_key)
+
+
+def write_adapter(state: dict[str, Tensor], values: dict[str, Any], folder: Path, base_key: str | None) -> None:
+    """Write PEFT's tensors, factors in float32, and `values` as its configuration into `folder`. Raises OutputError if that is a file."""
+    from safetensors.torch import save_file
+
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file, not a folder", "choose another folder")
     state = {
         name: (tensor.float() if "lora_" in name else tensor).cpu().contiguous().clone()
-        for name, tensor in sorted(adapter_state(adapter, split).items())
+        for name, tensor in sorted(state.items())
     }
-    values = peft_config(adapter, base_model, split)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG_FILE, values)

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from phinetune.errors import AdapterError, ConfigError, did_you_mean
+from phinetune.events import OnEvent, log_event
 from phinetune.lora.adapter import load_adapter_state, make_adapter, read_adapter, save_adapter
 from phinetune.lora.config import LoraConfig, as_pattern
-from phinetune.lora.injection import Adapter, build_adapter
+from phinetune.lora.injection import Adapter, build_adapter, check_loftq
 from phinetune.lora.peft_format import PREFIX, entries
+from phinetune.lora.start import Original
 from phinetune.lora.targets import find_targets
+from phinetune.lora.truncation import low_rank
 
 
 class Adapters:
@@ -53,11 +56,15 @@ class Adapters:
             self._adapters[name] = make_adapter(self.model, read_adapter(folder), Path(folder), base_key)
         return self._adapters[name]
 
-    def add(self, name: str, config: LoraConfig) -> Adapter:
-        """A fresh adapter under `name`, not yet in use. Raises AdapterError as `inject`, or if the name is taken."""
+    def add(
+        self, name: str, config: LoraConfig, original: Original | None = None, on_event: OnEvent = log_event
+    ) -> Adapter:
+        """A fresh adapter under `name`, not yet in use. Arguments and errors as `inject`'s; AdapterError if the name is taken."""
         self._check_free(name)
         with self.disabled():
-            adapter = build_adapter(self.model, config, find_targets(self.model, config))
+            targets = find_targets(self.model, config, on_event=on_event)
+            check_loftq(self.model, config, targets, original, on_event)
+            adapter = build_adapter(self.model, config, targets, original)
         self._adapters[name] = adapter
         return adapter
 
@@ -130,7 +137,7 @@ class Adapters:
             size = rank or max(
                 A.shape[0] for a in chosen.values() for layer in a.layers.values() for A in [layer.factors()[0]]
             )
-            factors = {n: _truncated(A, B, size) for n, (A, B) in factors.items()}
+            factors = {n: low_rank(A, B, size)[:2] for n, (A, B) in factors.items()}
         self._adapters[name] = self._from_factors(factors)
         return self._adapters[name]
 
@@ -138,7 +145,9 @@ class Adapters:
         """An adapter of plain layers with these factors and a scaling of 1."""
         ranks = {layer: A.shape[0] for layer, (A, _) in factors.items()}
         limits = {n: min(A.flatten(1).shape[1], B.shape[0]) for n, (A, B) in factors.items()}
-        factors = {n: _truncated(A, B, limits[n]) if ranks[n] > limits[n] else (A, B) for n, (A, B) in factors.items()}
+        factors = {
+            n: low_rank(A, B, limits[n])[:2] if ranks[n] > limits[n] else (A, B) for n, (A, B) in factors.items()
+        }
         ranks = {layer: A.shape[0] for layer, (A, _) in factors.items()}
         r = max(ranks.values())
         patterns = {as_pattern(n): k for n, k in ranks.items() if k != r}
@@ -174,18 +183,3 @@ def _side_by_side(found: list[tuple[float, Any]]) -> tuple[Tensor, Tensor]:
     """(A, B) with B A = Σ weight · scaling · B_i A_i."""
     factors = [(weight * layer.scaling, *entries("", layer)[0][1:]) for weight, layer in found]
     return torch.cat([A for _, A, _ in factors]), torch.cat([scale * B for scale, _, B in factors], dim=1)
-
-
-@torch.no_grad()
-def _truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-`rank` approximation of B A. Two QR factorizations first, so that the matrix itself is never formed."""
-    flat_A, flat_B = A.flatten(1), B.flatten(1)
-    if rank > min(flat_A.shape[1], flat_B.shape[0]):
-        raise ConfigError(f"rank: {rank} does not fit a {flat_A.shape[1]} -> {flat_B.shape[0]} layer")
-    Q_b, R_b = torch.linalg.qr(flat_B.double())
-    Q_a, R_a = torch.linalg.qr(flat_A.double().t())
-    U, S, Vh = torch.linalg.svd(R_b @ R_a.t())
-    rank = min(rank, S.shape[0])
-    root = torch.sqrt(S[:rank])
-    new_B, new_A = (Q_b @ U[:, :rank]) * root, root.unsqueeze(1) * (Vh[:rank] @ Q_a.t())
-    return new_A.to(A.dtype).view(-1, *A.shape[1:]), new_B.to(B.dtype).view(B.shape[0], -1, *B.shape[2:])

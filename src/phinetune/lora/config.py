@@ -49,7 +49,9 @@ class LoraConfig:
     use_dora: bool = False
     """Also train the length of each output's weights (DoRA, Liu et al. 2024)."""
     init_lora_weights: bool | str = True
-    """How the factors start: true (no change at first), false (random), "gaussian", "pissa", "pissa_niter_N" (Meng et al. 2024), "olora" (Büyükakyüz 2024)."""
+    """How the factors start: true (no change at first), false (random), "gaussian", "pissa", "pissa_niter_N" (Meng et al. 2024), "olora" (Büyükakyüz 2024), "loftq" (Li et al. 2023: along what 4 bits took from the weight; needs a 4-bit base)."""
+    loftq_config: dict[str, int] = field(default_factory=dict)
+    """For "loftq": loftq_bits (4) and loftq_iter (1); may be left out."""
     loraplus_lr_ratio: float | None = None
     """Learning rate of lora_B over that of lora_A (LoRA+, Hayou et al. 2024); the same for both if left out."""
     task_type: Literal["CAUSAL_LM"] | None = "CAUSAL_LM"
@@ -60,7 +62,10 @@ class LoraConfig:
             value = getattr(self, name)
             if isinstance(value, set | tuple | range):
                 object.__setattr__(self, name, sorted(value))
-        for name in ("rank_pattern", "alpha_pattern", "fused_modules"):
+        loftq: Any = self.loftq_config
+        if dataclasses.is_dataclass(loftq) and not isinstance(loftq, type):  # PEFT's LoftQConfig
+            object.__setattr__(self, "loftq_config", dataclasses.asdict(loftq))
+        for name in ("rank_pattern", "alpha_pattern", "fused_modules", "loftq_config"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, {})
         given: Any = self.r
@@ -109,7 +114,7 @@ def _problems(c: LoraConfig) -> list[tuple[str, str]]:
         ("modules_to_save", c.modules_to_save is None or (isinstance(c.modules_to_save, list) and _names(c.modules_to_save)), "must be a list of names"),
         ("bias", c.bias in ("none", "all", "lora_only"), 'must be "none", "all" or "lora_only"'),
         ("task_type", c.task_type in ("CAUSAL_LM", None), 'must be "CAUSAL_LM", or null for a model that is no language model'),
-        ("init_lora_weights", isinstance(c.init_lora_weights, bool) or _start_is_known(c.init_lora_weights), 'must be true, false, "gaussian", "pissa", "pissa_niter_N" or "olora"'),
+        ("init_lora_weights", isinstance(c.init_lora_weights, bool) or _start_is_known(c.init_lora_weights), 'must be true, false, "gaussian", "pissa", "pissa_niter_N", "olora" or "loftq"'),
         ("loraplus_lr_ratio", c.loraplus_lr_ratio is None or (_number(c.loraplus_lr_ratio) and c.loraplus_lr_ratio > 0), "must be a number above 0"),
         *((k, isinstance(getattr(c, k), bool), "must be true or false") for k in ("fan_in_fan_out", "use_rslora", "use_dora")),
     ]  # fmt: skip
@@ -131,6 +136,22 @@ def _problems(c: LoraConfig) -> list[tuple[str, str]]:
             found.append((key, f'"{value}" is not a regular expression; give a list of names instead'))
         if isinstance(value, texts) and isinstance(value, list) and "" in value:
             found.append((key, "an empty name matches nothing"))
+    return found + _loftq_problems(c)
+
+
+def _loftq_problems(c: LoraConfig) -> list[tuple[str, str]]:
+    """As `_problems`, of `loftq_config`."""
+    given: Any = c.loftq_config
+    if not isinstance(given, dict):
+        return [("loftq_config", f"must be names and values (found: {given!r})")]
+    if given and c.init_lora_weights != "loftq":
+        return [("loftq_config", f'needs init_lora_weights: "loftq" (found: {c.init_lora_weights!r})')]
+    known = {
+        "loftq_bits": (4, "only 4 bits are supported"),
+        "loftq_iter": (1, "only 1 iteration is supported: each further one changes the base's own weights"),
+    }
+    found = [(f"loftq_config.{k}", f"unknown key{did_you_mean(str(k), known)}") for k in given if k not in known]
+    found += [(f"loftq_config.{k}", f"{text} (found: {given[k]!r})") for k, (only, text) in known.items() if k in given and not (_whole(given[k]) and given[k] == only)]  # fmt: skip
     return found
 
 
@@ -151,7 +172,9 @@ def _layer_numbers(value: Any) -> bool:
 
 
 def _start_is_known(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"gaussian|pissa|pissa_niter_[1-9]\d*|olora", value) is not None
+    return (
+        isinstance(value, str) and re.fullmatch(r"gaussian|pissa|pissa_niter_[1-9]\d*|olora|loftq", value) is not None
+    )
 
 
 def _is_slices(value: Any) -> bool:
@@ -176,7 +199,6 @@ _NOT_USED = {
     "eva_config",
     "kasa_config",
     "layer_replication",
-    "loftq_config",
     "lora_bias",
     "lora_ga_config",
     "megatron_config",
@@ -218,6 +240,8 @@ def parse_lora_config(
     if str(given.get("peft_type") or "LORA").upper() != "LORA":
         problems.append(f"{path}.peft_type: only LORA is supported (found: {given['peft_type']!r})")
     if saved:
+        if given.get("init_lora_weights") == "loftq":
+            problems.append(f"{path}.init_lora_weights: the adapter was saved beside a base model changed by LoftQ")
         given = _as_saved(given)
     for key, value in given.items():
         if key in _NOT_USED:

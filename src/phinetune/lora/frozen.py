@@ -18,7 +18,7 @@ from torch import Tensor
 from phinetune.errors import AdapterError
 
 
-def is_quantized(weight: Tensor) -> bool:
+def is_quantized(weight: Tensor | None) -> bool:
     """True for a 4-bit weight of bitsandbytes (NF4 or FP4)."""
     return getattr(weight, "quant_state", None) is not None
 

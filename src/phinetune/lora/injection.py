@@ -13,14 +13,16 @@ from typing import Any
 
 from torch import nn
 
-from phinetune.errors import AdapterError
+from phinetune.errors import AdapterError, ConfigError
+from phinetune.events import Note, OnEvent, log_event
 from phinetune.lora.config import LoraConfig
 from phinetune.lora.conv import ConvLoRA, conv_class
 from phinetune.lora.embedding import Embedding
+from phinetune.lora.frozen import is_quantized
 from phinetune.lora.fused import fused_slices
 from phinetune.lora.layer import lora_layers, plain_layer
 from phinetune.lora.linear import Linear, MergedLinear
-from phinetune.lora.start import start
+from phinetune.lora.start import Original, start
 from phinetune.lora.targets import Target, find_targets, kind_of_layer, named_modules_to_save
 from phinetune.model.quantized import keep_readable
 
@@ -91,15 +93,41 @@ def _place(model: nn.Module, parts: dict[str, Any]) -> None:
         setattr(model.get_submodule(parent), child, part)
 
 
-def inject(model: nn.Module, config: LoraConfig) -> Adapter:
+def inject(
+    model: nn.Module, config: LoraConfig, original: Original | None = None, on_event: OnEvent = log_event
+) -> Adapter:
     """Freeze `model` and put factors beside its targeted layers, over the same weights; also its `modules_to_save` and biases.
 
-    Raises AdapterError, before anything is changed, if a target matches nothing, or a rank does not fit a layer.
+    original: for init_lora_weights "loftq" over a 4-bit base, gives a layer's weight before it was rounded. Raises AdapterError, before
+    anything is changed, if a target matches nothing, or a rank does not fit a layer; ConfigError for "loftq" without a 4-bit base.
     """
-    targets = find_targets(model, config)
-    adapter = build_adapter(model, config, targets)
+    targets = find_targets(model, config, on_event=on_event)
+    check_loftq(model, config, targets, original, on_event)
+    adapter = build_adapter(model, config, targets, original)
     adapter.put(model)
     return adapter
+
+
+def check_loftq(
+    model: nn.Module, config: LoraConfig, targets: list[Target], original: Original | None, on_event: OnEvent
+) -> None:
+    """Raises ConfigError if "loftq" is asked for and the base is not in 4 bits, or its original weights are not to be had."""
+    if config.init_lora_weights != "loftq":
+        return
+    plain = [t.name for t in targets if not is_quantized(getattr(model.get_submodule(t.name), "weight", None))]
+    if len(plain) == len(targets):
+        raise ConfigError(
+            'init_lora_weights: "loftq" is for a base model in 4 bits, and no targeted layer is',
+            "load it with model_kwargs.load_in_4bit",
+        )
+    if original is None:
+        raise ConfigError(
+            'init_lora_weights: "loftq" needs the weights before they were rounded to 4 bits',
+            "give inject a function: original(name) -> weight (out, in)",
+        )
+    if plain:
+        more = f" and {len(plain) - 1} more are" if len(plain) > 1 else " is"
+        on_event(Note(f"init_lora_weights: loftq: {plain[0]}{more} not in 4 bits and starts without a change"))
 
 
 def _trained(part: nn.Module, config: LoraConfig) -> list[nn.Parameter]:
@@ -110,12 +138,14 @@ def _trained(part: nn.Module, config: LoraConfig) -> list[nn.Parameter]:
     return [p for n, p in part.named_parameters() if "lora_" in n or (with_bias and n.rpartition(".")[2] == "bias")]
 
 
-def build_adapter(model: nn.Module, config: LoraConfig, targets: list[Target]) -> Adapter:
+def build_adapter(
+    model: nn.Module, config: LoraConfig, targets: list[Target], original: Original | None = None
+) -> Adapter:
     """An adapter for `targets` with its factors at their start, not yet in `model`."""
     keep_readable(model)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
-        adapter = _build(model, config, targets)
+        adapter = _build(model, config, targets, original)
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags[name])  # as it was: nothing is frozen until the adapter goes in
@@ -133,11 +163,11 @@ def lookalikes(model: nn.Module, names: list[str]) -> list[str]:
     return [n for n, m in modules.items() if kind_of_layer(m) is not None]
 
 
-def _build(model: nn.Module, config: LoraConfig, targets: list[Target]) -> Adapter:
+def _build(model: nn.Module, config: LoraConfig, targets: list[Target], original: Original | None) -> Adapter:
     adapter = Adapter(config)
     for target in targets:
         base = model.get_submodule(target.name)
-        layer = make_layer(base, target, config)
+        layer = make_layer(base, target, config, original)
         slices = fused_slices(model, target.name, base, config.fused_modules)
         if slices and target.kind == "linear":  # known to whole layers too, which can be saved split
             layer.slice_names, layer.slice_widths = tuple(slices), tuple(slices.values())
@@ -154,7 +184,7 @@ def _build(model: nn.Module, config: LoraConfig, targets: list[Target]) -> Adapt
     return adapter
 
 
-def make_layer(base: nn.Module, target: Target, config: LoraConfig) -> Any:
+def make_layer(base: nn.Module, target: Target, config: LoraConfig, original: Original | None = None) -> Any:
     """A LoRA layer over `base`, its factors at their start."""
     r, dropout = target.r, config.lora_dropout
     layer: Any
@@ -168,7 +198,8 @@ def make_layer(base: nn.Module, target: Target, config: LoraConfig) -> Any:
     else:
         layer = conv_class(base).from_base(base, r, 1.0, dropout)
     layer.rescale(target.scaling)
-    start(layer, config.init_lora_weights, config.use_dora)
+    wanted = config.init_lora_weights == "loftq" and original is not None and is_quantized(layer.frozen())
+    start(layer, config.init_lora_weights, config.use_dora, original(target.name) if wanted and original else None)
     if config.bias != "none":
         _own_bias(layer)
     return layer

@@ -29,8 +29,8 @@ from phinetune.lora.targets import Target, shape_of
 
 PREFIX = "base_model.model."
 """Where PEFT wraps the model."""
-_OURS = ("fused_modules", "loraplus_lr_ratio")
-"""Fields of LoraConfig that PEFT's file does not have."""
+_OURS = ("fused_modules", "loraplus_lr_ratio", "loftq_config")
+"""Fields of LoraConfig that a file for PEFT does not have: it has no such field, or the adapter is past it."""
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -90,10 +90,7 @@ def peft_config(adapter: Adapter, base_model: str, split: bool = False) -> dict[
         for name, layer in adapter.layers.items()
         for entry, A, _ in entries(name, layer, split)
     }
-    r = Counter(r for r, _ in saved.values()).most_common(1)[0][0]
-    alpha = Counter(alpha for rank, alpha in saved.values() if rank == r).most_common(1)[0][0]
     values = {k: v for k, v in asdict(adapter.config).items() if k not in _OURS}
-    exact = {n: ("^" if any(o.endswith(f".{n}") for o in saved) else "") + as_pattern(n) for n in saved}
     taken = [n for n in saved if any(n.endswith(f".{other}") for other in adapter.lookalikes)]
     if taken:
         raise AdapterError(
@@ -104,10 +101,7 @@ def peft_config(adapter: Adapter, base_model: str, split: bool = False) -> dict[
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         **values,
-        "r": r,
-        "lora_alpha": _plain(alpha),
-        "rank_pattern": {exact[name]: rank for name, (rank, _) in saved.items() if rank != r},
-        "alpha_pattern": {exact[name]: _plain(a) for name, (_, a) in saved.items() if a != alpha},
+        **rank_values(saved),
         "target_modules": list(saved),
         "exclude_modules": adapter.lookalikes or None,
         "layers_to_transform": None,
@@ -116,6 +110,19 @@ def peft_config(adapter: Adapter, base_model: str, split: bool = False) -> dict[
         "fan_in_fan_out": any(getattr(layer, "fan_in_fan_out", False) for layer in adapter.layers.values()),
         "init_lora_weights": True,
         "lora_bias": False,
+    }
+
+
+def rank_values(sizes: dict[str, tuple[int, float]]) -> dict[str, Any]:
+    """`r`, `lora_alpha` and their patterns for layers of these (rank, alpha), keyed by their full names."""
+    r = Counter(r for r, _ in sizes.values()).most_common(1)[0][0]
+    alpha = Counter(alpha for rank, alpha in sizes.values() if rank == r).most_common(1)[0][0]
+    exact = {n: ("^" if any(o.endswith(f".{n}") for o in sizes) else "") + as_pattern(n) for n in sizes}
+    return {
+        "r": r,
+        "lora_alpha": _plain(alpha),
+        "rank_pattern": {exact[name]: rank for name, (rank, _) in sizes.items() if rank != r},
+        "alpha_pattern": {exact[name]: _plain(a) for name, (_, a) in sizes.items() if a != alpha},
     }
 
 

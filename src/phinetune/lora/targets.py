@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from phinetune.errors import AdapterError, PhinetuneError
+from phinetune.events import Note, OnEvent, log_event
 from phinetune.lora.config import LoraConfig
 from phinetune.lora.frozen import check_frozen
-from phinetune.lora.fused import fused_slices
+from phinetune.lora.fused import fused_slices, named_by_parts
 from phinetune.lora.layer import LoRALayer, check_rank
 
 Kind = Literal["linear", "embedding", "conv"]
@@ -41,14 +42,23 @@ class Target:
         return f"{parent}.{part}" if parent else part
 
 
-def find_targets(model: nn.Module, config: LoraConfig, saved: bool = False) -> list[Target]:
+def find_targets(
+    model: nn.Module, config: LoraConfig, saved: bool = False, on_event: OnEvent = log_event
+) -> list[Target]:
     """The layers that `config` targets, in the model's order. With `saved` it describes an adapter that exists: its tensors decide.
+
+    The name of a fused layer (qkv_proj) means its parts in a model that has them as layers of their own, which is said in a note.
 
     Raises AdapterError, with everything that is wrong, if a given target or pattern matches nothing, a rank does not fit its layer, or
     a layer cannot have factors.
     """
     layers = adaptable_layers(model)
     fused = {name: s for name in layers if (s := fused_slices(model, name, layers[name], config.fused_modules))}
+    if not saved:
+        parts = [f"{n.rpartition('.')[0]}.{part}" for n, slices in fused.items() for part in slices]
+        config, note = named_by_parts(config, [*layers, *parts], [n for n, _ in model.named_modules()])
+        if note:
+            on_event(Note(note))
     chosen, unmatched = _choose(model, config, layers, fused)
     if not chosen or not saved:
         _check_chosen(model, config, layers, fused, chosen, unmatched)
@@ -259,7 +269,7 @@ def _misfit(target: Target, layer: Any, config: LoraConfig, saved: bool) -> list
     sizes = {(config.rank_of(n), config.scaling_of(n)) for n in map(target.slice_name, target.enabled)}
     if len(sizes) > 1:
         problems.append(f"{name}: rank_pattern and alpha_pattern give its slices different sizes, they share one")
-    if target.slices and (config.use_dora or config.init_lora_weights not in (True, False, "gaussian")):
+    if target.slices and (config.use_dora or config.init_lora_weights not in (True, False, "gaussian", "loftq")):
         what = "use_dora" if config.use_dora else f"init_lora_weights: {config.init_lora_weights!r}"
         problems.append(f"{name}: {what} does not go with slices of a fused layer; target the whole layer")
     special = isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian"

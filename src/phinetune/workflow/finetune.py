@@ -82,7 +82,8 @@ def finetune(
         on_event(Note(f"unchanged: {folder} holds the result of exactly this run"))
         return StageFolder(folder, read_manifest(folder), unchanged=True)
 
-    plan_load(base, asked.model_kwargs, on_event=lambda event: None)  # its problems come before the data's long reading
+    first_plan = plan_load(base, asked.model_kwargs, on_event=lambda event: None)
+    _check_start(asked.lora, first_plan)  # its problems, too, come before the data's long reading
     contract = load_base_contract(base, bool(asked.model_kwargs.get("trust_remote_code", False)))
     train, test, ledger = load_examples(asked.data, contract, on_event)
     for line in ledger.lines():
@@ -191,6 +192,14 @@ def _settings(asked: _Request) -> dict[str, Any]:
     }
 
 
+def _check_start(lora: LoraConfig, plan: LoadPlan) -> None:
+    """Raises ConfigError for factors that start at what 4 bits took, where there are no 4 bits."""
+    if lora.init_lora_weights == "loftq" and plan.quantization is None:
+        raise ConfigError(
+            'peft_config.init_lora_weights: "loftq" is for a base model in 4 bits', "set model_kwargs.load_in_4bit=true"
+        )
+
+
 class _Session:
     """The base model with fresh, seeded LoRA layers in train mode, and how its trained state is written and read back."""
 
@@ -201,11 +210,13 @@ class _Session:
 
         from phinetune.lora.injection import inject
         from phinetune.lora.layer import lora_size
+        from phinetune.workflow.original import OriginalWeights
 
         self.model, self.name, self.base_key = load_model(base, plan), name, key
         self.quantization = plan.quantization
         set_seed(seed)
-        self.adapter = inject(self.model, lora)
+        original = OriginalWeights(base) if lora.init_lora_weights == "loftq" else None
+        self.adapter = inject(self.model, lora, original, on_event)
         self.model.train()
         self.size = lora_size(self.model)
         share = self.size.trainable / self.size.total

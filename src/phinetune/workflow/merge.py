@@ -101,6 +101,7 @@ class _Merge:
         self.adapter, self.base, self.trust, self.on_event = adapter, base, trust_remote_code, on_event
         self.contract: PromptContract = adapter_contract(adapter, base, trust_remote_code)
         self.quantization: dict[str, Any] | None = trained.get("quantization")
+        self.start = (trained.get("peft_config") or {}).get("init_lora_weights")
         self.trained_logits: list[dict[str, Any]] | None = trained.get("probe_logits")
         if self.quantization is not None and not {"quant_type", "double_quant", "dtype", "layers"} <= set(
             self.quantization
@@ -143,6 +144,13 @@ class _Merge:
                     "use base: original",
                 )
             return "original", {}
+        if asked == "original" and self.start == "loftq":
+            self.on_event(
+                Note(
+                    "merge: base: original: the adapter began as what 4 bits took from the weights (loftq), which is in them already",
+                    warning=True,
+                )
+            )
         if asked != "auto":
             return asked, {}
         if self.trained_logits is None or not self.fits:
