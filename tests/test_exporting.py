@@ -14,7 +14,8 @@ import phinetune
 from phinetune.errors import ConfigError, ExportError, MissingPackageError, OutputError
 from phinetune.exporting.build import builder_options
 from phinetune.exporting.config import ExportConfig
-from phinetune.exporting.verify import graph_problems, read_graph, verify
+from phinetune.exporting.graph import graph_problems, read_graph
+from phinetune.exporting.verify import verify
 from phinetune.model.contract import load_contract
 from phinetune.workflow.export import parse_export_config
 from tiny import tiny_folder
@@ -34,12 +35,10 @@ def test_every_requested_option_took_effect(tmp_path: Path, llama_folder: Path) 
     options = {"precision": "int4", "block_size": 16, "symmetric": False, "accuracy_level": 1, "algorithm": "rtn"}
     result = phinetune.export(str(llama_folder), tmp_path / "out", options)
     facts = read_graph(result.folder / "model.onnx")
-    assert (facts.bits, facts.block_sizes, facts.accuracy_levels) == (
-        {4: facts.quantized},
-        {16: facts.quantized},
-        {1: facts.quantized},
-    )
-    assert facts.zero_points == facts.quantized > 0 and facts.products == 0
+    found = {name: facts.count(name) for name in ("bits", "block_size", "accuracy_level", "zero_points", "grouped")}
+    asked = {"bits": 4, "block_size": 16, "accuracy_level": 1, "zero_points": True, "grouped": True}
+    assert found == {name: {value: facts.quantized} for name, value in asked.items()}
+    assert facts.quantized > 0 and not facts.plain
     assert result.manifest["verified"]["block_sizes"] == {"16": facts.quantized}
     assert result.manifest["kind"] == "onnx" and result.manifest["export"]["block_size"] == 16
 
@@ -60,7 +59,7 @@ def test_an_option_that_the_builder_ignored_is_caught(asked: dict[str, Any], mes
 
 
 def test_a_model_that_was_not_quantized_is_caught(int4: Path) -> None:
-    facts = replace(read_graph(int4 / "model.onnx"), products=3)
+    facts = replace(read_graph(int4 / "model.onnx"), plain=("a", "b", "c"))
     assert graph_problems(facts, ExportConfig()) == [
         f"3 of {3 + facts.quantized} products are not quantized, int4 was asked for"
     ]

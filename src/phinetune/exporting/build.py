@@ -12,35 +12,51 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from phinetune.errors import ExportError, MissingPackageError
 from phinetune.events import OnEvent, Progress, log_event
 from phinetune.exporting.config import ExportConfig
+from phinetune.exporting.options import installed_builder
 
 _BUILDER = "onnxruntime_genai.models.builder"
+_FLAGS = (
+    "use_qdq",
+    "use_8bits_moe",
+    "use_webgpu_fp32",
+    "use_cuda_bf16",
+    "enable_cuda_graph",
+    "exclude_embeds",
+    "exclude_lm_head",
+    "include_hidden_states",
+)
 
 
 def builder_options(config: ExportConfig, trust_remote_code: bool = False, prefix: str = "") -> dict[str, str]:
-    """The builder's `extra_options` for `config`; `prefix` is what its version puts before the names of the quantization options."""
-    options = {"hf_remote": "true" if trust_remote_code else "false"}
-    if config.precision == "int4":
+    """The builder's `extra_options` for `config`; `prefix` is what its version puts before the names of the quantization options.
+
+    What is at its default is left to the builder, save what its versions differ in.
+    """
+    options: dict[str, Any] = {"hf_remote": trust_remote_code}
+    if config.quantized:
         options |= {
-            f"{prefix}block_size": str(config.block_size),
-            f"{prefix}is_symmetric": "true" if config.symmetric else "false",
-            f"{prefix}accuracy_level": str(config.accuracy_level),
+            f"{prefix}block_size": config.block_size,
+            f"{prefix}is_symmetric": config.symmetric,
+            f"{prefix}accuracy_level": config.accuracy_level,
             f"{prefix}algo_config": config.algorithm,
         }
-    return options
+    if config.op_types_to_quantize:
+        options[f"{prefix}op_types_to_quantize"] = "/".join(config.op_types_to_quantize)
+    if config.nodes_to_exclude:
+        options[f"{prefix}nodes_to_exclude"] = config.nodes_to_exclude
+    options |= {name: True for name in _FLAGS if getattr(config, name)}  # one version counts a flag by its presence
+    return {name: _as_text(value) for name, value in (options | (config.extra_options or {})).items()}
 
 
-def option_prefix() -> str:
-    """`int4_` for builders that still want it (onnxruntime-genai 0.11, the last one for Python 3.10), else nothing.
-
-    A builder passes over names that it does not know, so the installed one is asked by its source.
-    """
-    package = importlib.util.find_spec("onnxruntime_genai")
-    builder = Path(package.origin or "").parent / "models" / "builder.py" if package else Path()
-    return "int4_" if builder.is_file() and '"int4_is_symmetric"' in builder.read_text(encoding="utf-8") else ""
+def _as_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def check_builder() -> None:
@@ -58,7 +74,10 @@ def build_onnx(
     `source` is a plain Hugging Face folder; nothing is fetched from anywhere.
     """
     check_builder()
-    options = [f"{key}={value}" for key, value in builder_options(config, trust_remote_code, option_prefix()).items()]
+    options = [
+        f"{key}={value}"
+        for key, value in builder_options(config, trust_remote_code, installed_builder().prefix).items()
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
     with tempfile.TemporaryDirectory(prefix="phinetune-build-", dir=target.parent) as scratch:
         command = [

@@ -1,4 +1,5 @@
-"""`ExportConfig`: precision and quantization of the ONNX model, in our words; `build.py` knows the builder's."""
+"""`ExportConfig`: precision, quantization and shape of the ONNX model, in our words; `build.py` knows the builder's, `options.py` what
+cannot be."""
 
 from __future__ import annotations
 
@@ -14,15 +15,53 @@ class ExportConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    precision: Literal["int4", "fp16", "fp32"] = "int4"
-    """Precision of the weights: int4 (blocks of 4-bit integers with a scale each), fp16 or fp32."""
+    precision: Literal["int4", "int8", "bf16", "fp16", "fp32"] = "int4"
+    """Precision of the weights: int4 or int8 (blocks of integers with a scale each), bf16 (cuda only), fp16 or fp32."""
     block_size: Literal[16, 32, 64, 128, 256] = 32
-    """int4: weights that share one scale."""
+    """int4, int8: weights that share one scale."""
     symmetric: bool = True
-    """int4: no zero point per block."""
+    """int4, int8: no zero point per block (the k_quant algorithms have one always)."""
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
-    """int4: lowest precision of the activations in the products: 4 int8, 3 bf16, 2 fp16, 1 fp32, 0 the runtime's choice."""
-    algorithm: Literal["default", "rtn", "k_quant", "k_quant_mixed"] = "default"
-    """int4: how scales are chosen; k_quant_mixed keeps the output layer and the most sensitive layers at 8 bits."""
+    """int4, int8: lowest precision of the activations in the products: 4 int8, 3 bf16, 2 fp16, 1 fp32, 0 the runtime's choice."""
+    algorithm: Literal["default", "rtn", "rtn_last", "k_quant", "k_quant_last", "k_quant_mixed", "k_quant_linear"] = (
+        "default"
+    )
+    """int4, int8: how scales are chosen. int4 only: the _last ones keep the output layer at 8 bits, k_quant_mixed that and the most
+    sensitive layers, k_quant_linear that and layers of linear attention."""
     execution_provider: Literal["cpu", "cuda", "dml", "webgpu"] = "cpu"
     """Where the model will run."""
+    op_types_to_quantize: tuple[Literal["MatMul", "Gather"], ...] | None = None
+    """int4, int8: MatMul (the linear layers), Gather (the input embedding, int4 only); by default MatMul, and both where input and output
+    embedding share one weight."""
+    nodes_to_exclude: tuple[str, ...] = ()
+    """int4, int8: products of the graph that stay in floating point, such as /lm_head/MatMul."""
+    use_qdq: bool = False
+    """int4: DequantizeLinear and MatMul in place of MatMulNBits; for the default algorithm."""
+    use_8bits_moe: bool = False
+    """int4: experts of a mixture-of-experts model at 8 bits."""
+    use_webgpu_fp32: bool = False
+    """webgpu: activations in fp32, for devices without fp16."""
+    use_cuda_bf16: bool = False
+    """int4 on cuda: activations in bf16."""
+    enable_cuda_graph: bool = False
+    """cuda: capture the whole step as one CUDA graph."""
+    exclude_embeds: bool = False
+    """Leave the input embedding out: the model takes inputs_embeds. It does not answer prompts by itself."""
+    exclude_lm_head: bool = False
+    """Leave the output layer out: the model gives hidden_states. It does not answer prompts by itself."""
+    include_hidden_states: bool = False
+    """Give the last hidden_states beside the logits."""
+    search: dict[str, Any] | None = None
+    """Put into "search" of genai_config.json, what runtimes start generating with: max_length, min_length, repetition_penalty, ..."""
+    extra_options: dict[str, Any] | None = None
+    """Further options of the installed onnxruntime-genai model builder, by its own names. That they took effect is not verified."""
+
+    @property
+    def quantized(self) -> bool:
+        """The weights are integers."""
+        return self.precision in ("int4", "int8")
+
+    @property
+    def answers_prompts(self) -> bool:
+        """Token ids go in and logits come out."""
+        return not (self.exclude_embeds or self.exclude_lm_head)

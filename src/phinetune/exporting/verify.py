@@ -1,36 +1,38 @@
-"""Is the ONNX folder what was asked for? Options in the graph, token ids, stop ids, loading, logits. Anything else is an ExportError.
+"""Is the ONNX folder what was asked for? Options in the graph, settings, token ids, stop ids, loading, logits. Else an ExportError.
 
-The builder reports success for options it ignored and for models that do not load, so its word is not taken.
+The builder reports success for options it ignored and for models that do not load, so its word is not taken. What cannot be verified on
+this machine (a provider that it has not, a model without its output layer) is said.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phinetune.artifact import write_json
 from phinetune.errors import ExportError
+from phinetune.events import Note, OnEvent, log_event
 from phinetune.exporting.config import ExportConfig
-from phinetune.generation.onnx_backend import OnnxGenerator, load_onnx, onnx_runtime
+from phinetune.exporting.graph import graph_problems, read_graph
+from phinetune.generation.onnx_backend import OnnxGenerator, onnx_runtime
 from phinetune.model.contract import Probe, PromptContract
 
 GENAI_CONFIG = "genai_config.json"
+_NO_KERNEL = "Could not find an implementation"  # for a type of numbers that the CPU does not compute with
 
 
-def write_contract(folder: Path, contract: PromptContract) -> None:
-    """Put the prompt contract into an exported folder: tokenizer, template, and the stop and pad ids
-    of `genai_config.json`, which is also rid of what no runtime reads."""
+def write_contract(folder: Path, contract: PromptContract, search: dict[str, Any] | None = None) -> None:
+    """Put the prompt contract into an exported folder: tokenizer, template, and the stop and pad ids of `genai_config.json`, whose
+    "search" takes `search` and is rid of what no runtime reads."""
     contract.save(folder)
     file = folder / GENAI_CONFIG
     config = json.loads(file.read_text(encoding="utf-8"))
     config["model"]["eos_token_id"] = list(contract.stop_ids)
     config["model"]["pad_token_id"] = contract.pad_token_id
     config["search"] = {k: v for k, v in config["search"].items() if v is not None}  # older runtimes refuse null
+    config["search"] |= search or {}
     write_json(file, config)
     tokenizer_file = folder / "tokenizer_config.json"
     tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
@@ -41,112 +43,91 @@ def write_contract(folder: Path, contract: PromptContract) -> None:
 
 
 def verify(
-    folder: Path, config: ExportConfig, contract: PromptContract, prompts: Sequence[Probe] = ()
+    folder: Path,
+    config: ExportConfig,
+    contract: PromptContract,
+    prompts: Sequence[Probe] = (),
+    on_event: OnEvent = log_event,
 ) -> dict[str, Any]:
     """Check the exported `folder` against what was asked; returns what was found. Raises ExportError with every difference.
 
-    `prompts` are compared with ONNX Runtime's token ids as the contract's own probes are.
+    `prompts` are compared with ONNX Runtime's token ids as the contract's own probes are. What could not be verified is said, and is
+    in the result under `not_verified`.
     """
     found = read_graph(folder / "model.onnx")
-    problems = graph_problems(found, config) + _contract_problems(folder, contract, prompts)
+    model, lacking = open_model(folder, config)
+    problems = graph_problems(found, config) + _settings_problems(folder, config, contract)
+    problems += [lacking] if model is None and _NO_KERNEL not in lacking else _token_problems(model, contract, prompts)
     if problems:
         raise ExportError(
             [f"{folder.name.removesuffix('.partial')}: {p}" for p in problems],
             "the installed onnxruntime-genai does not build what was asked; try another version or other options",
         )
-    generator = load_onnx(folder)
-    _check_runs(generator, folder)
-    return {**found.as_dict(), "prompts_compared": len(contract.probes) + len(prompts)}
+    unsure = [lacking] if lacking else []
+    if model is not None and config.answers_prompts:
+        check_runs(OnnxGenerator(model, contract), folder)
+    elif model is not None:
+        check_outputs(folder, contract)
+        unsure.append(
+            "it does not answer prompts by itself; that its outputs are finite was verified, its answers were not"
+        )
+    if config.extra_options:
+        unsure.append(f"extra_options: the effect of {', '.join(config.extra_options)} was not verified")
+    for text in unsure:
+        on_event(Note(f"export: {text}", warning=True))
+    facts = {**found.as_dict(), "prompts_compared": len(contract.probes) + len(prompts) if model is not None else 0}
+    return facts | ({"not_verified": unsure} if unsure else {})
 
 
-@dataclass(frozen=True)
-class GraphFacts:
-    """What a built graph says about its quantization: how many products, and the values of their options with counts."""
+def open_model(folder: Path, config: ExportConfig) -> tuple[Any, str]:
+    """(`onnxruntime_genai.Model`, what is to be said about it): on its own provider, or on the CPU where this machine has not that one.
 
-    products: int
-    quantized: int
-    bits: dict[int, int]
-    block_sizes: dict[int, int]
-    accuracy_levels: dict[int, int]
-    zero_points: int
-    weight_types: dict[str, int]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {k: v if not isinstance(v, dict) else {str(a): b for a, b in v.items()} for k, v in vars(self).items()}
-
-
-def read_graph(file: Path) -> GraphFacts:
-    """Facts of the graph in `file`, without loading its weights. Raises ExportError if it is not there or not ONNX."""
-    import onnx
-
+    The model is None where it does not load.
+    """
+    og = onnx_runtime()
+    provider = config.execution_provider
+    has_it = provider == "cpu" or bool(getattr(og, f"is_{provider}_available", lambda: False)())
+    settings, lacking = og.Config(str(folder)), ""
+    if not has_it:
+        settings.clear_providers()
+        lacking = f"this machine's onnxruntime-genai has no {provider}: verified on the CPU"
     try:
-        graph = onnx.load(str(file), load_external_data=False).graph
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{file}: not an ONNX model: {error}") from None
-    attributes = [{a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"]
-    inputs = [list(node.input) for node in graph.node if node.op_type == "MatMulNBits"]
-    initializers = {t.name for t in graph.initializer}
-    weights = [t for t in graph.initializer if math.prod(t.dims) > 1 and len(t.dims) > 1]
-    return GraphFacts(
-        products=sum(node.op_type == "MatMul" and any(i in initializers for i in node.input) for node in graph.node),
-        quantized=len(attributes),
-        bits=dict(Counter(a.get("bits", 4) for a in attributes)),
-        block_sizes=dict(Counter(a["block_size"] for a in attributes)),
-        accuracy_levels=dict(Counter(a.get("accuracy_level", 0) for a in attributes)),
-        zero_points=sum(len(i) > 3 and bool(i[3]) for i in inputs),
-        weight_types=dict(Counter(onnx.TensorProto.DataType.Name(t.data_type) for t in weights)),
-    )
+        return og.Model(settings), lacking
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if not has_it and _NO_KERNEL in reason:
+            kernel = f"the CPU cannot run it either ({reason[:60]}...)"
+            return None, f"this machine's onnxruntime-genai has no {provider}, and {kernel}: loading was not verified"
+        return None, f"ONNX Runtime cannot load it: {reason}"
 
 
-def graph_problems(found: GraphFacts, config: ExportConfig) -> list[str]:
-    """One line for each requested option that the graph does not show."""
-    if config.precision != "int4":
-        wanted = {"fp32": "FLOAT", "fp16": "FLOAT16"}[config.precision]
-        problems = (
-            [f"{found.quantized} products are quantized, {config.precision} was asked for"] if found.quantized else []
-        )
-        others = {"FLOAT", "FLOAT16", "BFLOAT16"} & set(found.weight_types) - {wanted}
-        if others and found.weight_types.get(wanted, 0) < sum(found.weight_types[o] for o in others):
-            problems.append(f"weights are {', '.join(sorted(others))}, {wanted} was asked for")
-        return problems
+def _settings_problems(folder: Path, config: ExportConfig, contract: PromptContract) -> list[str]:
+    """Differences between what was asked and `genai_config.json`."""
+    settings = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))
+    stops = settings["model"].get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [stops]
     problems = []
-    if not found.quantized or found.products:
-        problems.append(
-            f"{found.products} of {found.products + found.quantized} products are not quantized, int4 was asked for"
-        )
-    allowed_bits = {4, 8} if config.algorithm == "k_quant_mixed" else {4}
-    if not set(found.bits) <= allowed_bits or 4 not in found.bits:
-        problems.append(f"weights have {sorted(found.bits)} bits, {sorted(allowed_bits)} were asked for")
-    if config.algorithm == "k_quant_mixed" and 8 not in found.bits:
-        problems.append("no layer has 8 bits, though k_quant_mixed was asked for")
-    if set(found.block_sizes) != {config.block_size}:
-        problems.append(f"block sizes are {sorted(found.block_sizes)}, {config.block_size} was asked for")
-    if config.accuracy_level not in found.accuracy_levels or len(found.accuracy_levels) > 1:
-        problems.append(f"accuracy levels are {sorted(found.accuracy_levels)}, {config.accuracy_level} was asked for")
-    if config.symmetric and config.algorithm in ("default", "rtn") and found.zero_points:
-        problems.append(f"{found.zero_points} products have zero points, symmetric blocks were asked for")
-    if not config.symmetric and found.zero_points < found.quantized:
-        problems.append(
-            f"{found.quantized - found.zero_points} products have no zero points, asymmetric blocks were asked for"
-        )
+    if not set(contract.stop_ids) <= set(stops):
+        problems.append(f"stops at tokens {stops}, the model was trained to stop at {list(contract.stop_ids)}")
+    options: dict[str, Any] = {}
+    for entry in settings["model"]["decoder"].get("session_options", {}).get("provider_options", []):
+        options |= entry
+    if set(options) != {config.execution_provider} - {"cpu"}:
+        problems.append(f"runs on {', '.join(options) or 'cpu'}, {config.execution_provider} was asked for")
+    if config.enable_cuda_graph and options.get("cuda", {}).get("enable_cuda_graph") != "1":
+        problems.append("genai_config.json does not enable CUDA graphs, enable_cuda_graph was asked for")
+    for name, value in (config.search or {}).items():
+        if settings["search"].get(name) != value:
+            problems.append(f"search.{name} is {settings['search'].get(name)!r}, {value!r} was asked for")
     return problems
 
 
-def _contract_problems(folder: Path, contract: PromptContract, prompts: Sequence[Probe]) -> list[str]:
-    """Differences between the contract and what the exported folder's own settings and tokenizer do."""
-    og = onnx_runtime()
-    settings = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]
-    stops = settings.get("eos_token_id")
-    stops = stops if isinstance(stops, list) else [stops]
-    problems = (
-        []
-        if set(contract.stop_ids) <= set(stops)
-        else [f"stops at tokens {stops}, the model was trained to stop at {list(contract.stop_ids)}"]
-    )
-    try:
-        tokenizer = og.Tokenizer(og.Model(str(folder)))
-    except Exception as error:
-        return [*problems, f"ONNX Runtime cannot load it: {(str(error).strip() or repr(error)).splitlines()[0]}"]
+def _token_problems(model: Any, contract: PromptContract, prompts: Sequence[Probe]) -> list[str]:
+    """Differences between the contract and what the exported folder's own tokenizer does."""
+    problems: list[str] = []
+    if model is None:
+        return problems
+    tokenizer = onnx_runtime().Tokenizer(model)
     for probe in (*contract.probes, *prompts):
         ids = tuple(int(i) for i in tokenizer.encode(probe.text))
         if ids != probe.ids:
@@ -160,7 +141,8 @@ def _contract_problems(folder: Path, contract: PromptContract, prompts: Sequence
     return problems
 
 
-def _check_runs(generator: OnnxGenerator, folder: Path) -> None:
+def check_runs(generator: OnnxGenerator, folder: Path) -> None:
+    """Raises ExportError if the model's logits for a probe are not finite."""
     import numpy as np
 
     probe = next((p for p in generator.contract.probes if p.ids), None)
@@ -168,6 +150,48 @@ def _check_runs(generator: OnnxGenerator, folder: Path) -> None:
         raise ExportError(
             f"{folder}: the model's logits are not finite", "the weights do not survive this precision; try another"
         )
+
+
+def check_outputs(folder: Path, contract: PromptContract) -> None:
+    """Raises ExportError if a graph without embedding or output layer does not run, or gives values that are not finite."""
+    import numpy as np
+
+    probe = next((p for p in contract.probes if p.ids), Probe("", (0,)))
+    try:
+        outputs = run_graph(folder, probe.ids)
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ExportError(f"{folder}: ONNX Runtime cannot run it: {reason}") from error
+    if not all(np.isfinite(values).all() for values in outputs.values()):
+        raise ExportError(
+            f"{folder}: the model's outputs are not finite", "the weights do not survive this precision; try another"
+        )
+
+
+def run_graph(folder: Path, ids: Sequence[int], embeddings: Any = None) -> dict[str, Any]:
+    """logits (1, tokens, vocabulary) and hidden_states (1, tokens, width) of one step without a cache, by plain ONNX Runtime on the CPU.
+
+    `embeddings` (1, tokens, width) are what a model without its input embedding gets; small random ones if none are given.
+    """
+    import numpy as np
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+    feed: dict[str, Any] = {}
+    for entry in session.get_inputs():
+        kind = kinds[entry.type]
+        if entry.name.startswith("past"):
+            sizes = [1 if i == 0 else d if isinstance(d, int) else 0 for i, d in enumerate(entry.shape)]
+            feed[entry.name] = np.zeros(sizes, kind)
+        elif entry.name == "inputs_embeds":
+            random = np.random.default_rng(0).normal(size=(1, len(ids), entry.shape[-1])) * 0.1
+            feed[entry.name] = np.asarray(random if embeddings is None else embeddings, kind)
+        else:
+            values = {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": range(len(ids))}
+            feed[entry.name] = np.array([list(values[entry.name])], kind)
+    wanted = [o.name for o in session.get_outputs() if o.name in ("logits", "hidden_states")]
+    return dict(zip(wanted, session.run(wanted, feed), strict=True))
 
 
 def logits_distance(generator: OnnxGenerator, model: Any) -> float:
@@ -184,4 +208,21 @@ def logits_distance(generator: OnnxGenerator, model: Any) -> float:
                 .cpu()
             )
         largest = max(largest, float((torch.from_numpy(generator.logits(probe.ids)) - expected).abs().max()))
+    return largest
+
+
+def outputs_distance(folder: Path, contract: PromptContract, model: Any) -> float:
+    """As `logits_distance`, for graphs that take embeddings or give hidden states: over all of their outputs and tokens."""
+    import torch
+
+    largest = 0.0
+    for probe in contract.probes:
+        ids = torch.tensor([list(probe.ids)])
+        with torch.inference_mode():
+            out = model(input_ids=ids, output_hidden_states=True)
+            embeddings = model.get_input_embeddings()(ids).float().numpy()
+        expected = {"logits": out.logits, "hidden_states": out.hidden_states[-1]}
+        for name, values in run_graph(folder, probe.ids, embeddings).items():
+            distance = (torch.from_numpy(values).float() - expected[name].float()).abs().max()
+            largest = max(largest, float(distance))
     return largest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from phinetune.errors import DataError, ExportError
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.exporting.build import build_onnx, check_builder
 from phinetune.exporting.config import ExportConfig
+from phinetune.exporting.options import check_options, installed_builder
 from phinetune.generation.load import adapter_base, find
 from phinetune.model.contract import Probe, PromptContract
 from phinetune.model.folder import base_key, weight_files
@@ -25,7 +26,9 @@ _TRAINING_PROMPTS = 200  # prompts of the training whose token ids are compared 
 _FP_TOLERANCE = {
     "fp32": 1e-3,
     "fp16": 0.25,
+    "bf16": 2.0,
 }  # largest difference of logits from torch's that a floating point build may show
+_VERSION = 2  # of what is built for a config; one more when a default changes
 
 
 def parse_export_config(config: dict[str, Any] | ExportConfig | None) -> ExportConfig:
@@ -45,8 +48,9 @@ def export(
     """Write `model` (a merged or base model; an adapter is merged first) as an ONNX Runtime GenAI folder, verified.
 
     Verified means: the graph shows every option that was asked for, the folder loads and answers, its tokenizer gives the ids that
-    training used, it stops where the model was trained to stop; in fp32 its logits are torch's within 1e-3.
-    Raises ExportError otherwise, and leaves nothing.
+    training used, it stops where the model was trained to stop; in fp32 its logits are torch's within 1e-3. What could not be verified
+    is said. Raises ConfigError for options that cannot be, before anything is built; ExportError for a folder that is not what was asked
+    for, and leaves nothing.
     """
     config = parse_export_config(export_config)
     check_builder()
@@ -54,9 +58,11 @@ def export(
     folder = Path(output_dir).expanduser()
     if kind == "onnx":
         raise ExportError(f"{model}: is an ONNX folder already", "give a merged model, a base model or an adapter")
-    weights = weight_files(adapter_base(source, base_model, on_event) if kind == "adapter" else source)[0]
+    base = adapter_base(source, base_model, on_event) if kind == "adapter" else source
+    check_export(config, base, trust_remote_code)
+    weights = weight_files(base)[0]
     content = adapter_key(source) if kind == "adapter" else base_key(source)
-    key = content_key("export", 1, content, asdict(config))
+    key = content_key("export", _VERSION, content, changed_fields(config))
     needed = sum(f.stat().st_size for f in weights) * (1 if config.precision == "int4" else 4)
     check_output(folder, "onnx", key, overwrite, needed)
     if is_finished(folder, "onnx", key) and not overwrite:
@@ -70,13 +76,28 @@ def export(
             source = merge(
                 str(source), partial / "merged", base_model, trust_remote_code=trust_remote_code, on_event=on_event
             ).folder
-        record["verified"] = _build(source, partial, config, made_from, trust_remote_code, on_event)
+        record["verified"] = build_verified(source, partial, config, made_from, trust_remote_code, on_event)
         shutil.rmtree(partial / "merged", ignore_errors=True)
-    on_event(Note(f"ONNX {config.precision}: written to {folder}; options, token ids, stop ids and loading verified"))
+    sure = "" if "not_verified" in record["verified"] else "; options, token ids, stop ids and loading verified"
+    on_event(Note(f"ONNX {config.precision}: written to {folder}{sure}"))
     return StageFolder(folder, read_manifest(folder))
 
 
-def _build(
+def check_export(config: ExportConfig, base: Path, trust_remote_code: bool = False) -> None:
+    """Raise ConfigError for options that cannot be, for the model in the folder `base` and the installed builder."""
+    from phinetune.model.load import read_model_config
+
+    values = read_model_config(base, trust_remote_code).to_dict()
+    check_options(config, {**values.get("text_config", {}), **values}, installed_builder())
+
+
+def changed_fields(config: ExportConfig) -> dict[str, Any]:
+    """The fields that are not at their default: what decides an export, whatever fields later versions add."""
+    values = asdict(config)
+    return {f.name: values[f.name] for f in fields(config) if values[f.name] != f.default}
+
+
+def build_verified(
     source: Path,
     folder: Path,
     config: ExportConfig,
@@ -90,10 +111,10 @@ def _build(
 
     contract = load_base_contract(source, trust_remote_code)
     build_onnx(source, folder, config, trust_remote_code, on_event)
-    write_contract(folder, contract)
-    verified = verify(folder, config, contract, training_probes(made_from, contract))
-    if config.precision in _FP_TOLERANCE:
-        verified["logits_distance"] = _compare(source, folder, config, trust_remote_code, on_event)
+    write_contract(folder, contract, config.search)
+    verified = verify(folder, config, contract, training_probes(made_from, contract), on_event)
+    if config.precision in _FP_TOLERANCE and verified["prompts_compared"]:  # else it does not load on this machine
+        verified["logits_distance"] = _compare(source, folder, config, contract, trust_remote_code, on_event)
     return verified
 
 
@@ -114,21 +135,33 @@ def training_probes(made_from: dict[str, Any], contract: PromptContract) -> list
     return [Probe(text, tuple(contract.tokenize(text))) for text in texts]
 
 
-def _compare(source: Path, folder: Path, config: ExportConfig, trust_remote_code: bool, on_event: OnEvent) -> float:
-    """The largest difference of the exported model's logits from those of float32 torch. Raises ExportError beyond the tolerance."""
+def _compare(
+    source: Path,
+    folder: Path,
+    config: ExportConfig,
+    contract: PromptContract,
+    trust_remote_code: bool,
+    on_event: OnEvent,
+) -> float:
+    """The largest difference of the exported model's outputs from those of float32 torch. Raises ExportError beyond the tolerance."""
     import torch
 
-    from phinetune.exporting.verify import logits_distance
-    from phinetune.generation.onnx_backend import load_onnx
+    from phinetune.exporting.verify import logits_distance, open_model, outputs_distance
+    from phinetune.generation.onnx_backend import OnnxGenerator
     from phinetune.model.load import LoadPlan, load_model
 
-    distance = logits_distance(
-        load_onnx(folder), load_model(source, LoadPlan(torch.float32, torch.device("cpu"), None, trust_remote_code))
-    )
-    on_event(Note(f"export: on the probes the ONNX logits differ from torch's by {distance:.2g} at most"))
+    model = load_model(source, LoadPlan(torch.float32, torch.device("cpu"), None, trust_remote_code))
+    if config.answers_prompts:
+        distance = logits_distance(OnnxGenerator(open_model(folder, config)[0], contract), model)
+    else:
+        distance = outputs_distance(folder, contract, model)
+    if config.include_hidden_states:
+        distance = max(distance, outputs_distance(folder, contract, model))
+    what = "logits" if not config.exclude_lm_head else "hidden states"
+    on_event(Note(f"export: on the probes the ONNX {what} differ from torch's by {distance:.2g} at most"))
     if distance > _FP_TOLERANCE[config.precision]:
         raise ExportError(
-            f"the {config.precision} ONNX model's logits differ from torch's by {distance:.3g} ({_FP_TOLERANCE[config.precision]} is allowed)",
+            f"the {config.precision} ONNX model's {what} differ from torch's by {distance:.3g} ({_FP_TOLERANCE[config.precision]} is allowed)",
             "this architecture is not exported rightly by the installed onnxruntime-genai",
         )
     return distance
