@@ -76,6 +76,10 @@ class InfeasibleError(PhinetuneError):
     exit_code = 3
 
 
+class SystemRunError(PhinetuneError):
+    """x"""
+
+
 class MissingPackageError(PhinetuneError):
     """A package that only an extra installs is needed for what was asked."""
 

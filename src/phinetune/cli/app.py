@@ -352,6 +352,9 @@ def quickstart(
     )
 
 
+from phinetune.cli import run as _run  # noqa: E402, F401  its commands register themselves
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return the exit code: 0, 2 for what the user can mend, 130 when interrupted. Bugs propagate (exit code 1)."""
     from phinetune.errors import PhinetuneError

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from phinetune.artifact import content_key
 from phinetune.data.messages import DataConfig
 from phinetune.events import Note, OnEvent, log_event
+from phinetune.evaluation.measurements import measurements
 from phinetune.model.compute import processor_name
-from phinetune.workflow.assess import assess, needs_clock
+from phinetune.workflow.assess import assess
 from phinetune.workflow.goals import Values
 from phinetune.workflow.outcome import StepResult
 from phinetune.workflow.plan import Workflow, default_evaluation
@@ -40,7 +41,8 @@ def _assess(workflow: Workflow, model: str, key: str, what: str, on_event: OnEve
     evaluation = default_evaluation(workflow.config)
     data, name, split = _data(workflow)
     how = {k: v for k, v in asdict(evaluation).items() if k not in ("metrics", "data", "split", "input_model", "every_pass")}
-    machine = processor_name() if needs_clock(metrics) else ""
+    table = measurements()
+    machine = processor_name() if any(table[n].needs in ("clock", "process") for n in metrics) else ""
     key = content_key("assess", 1, key, sorted(metrics), workflow.digests.get(name, ""), split, how, machine)
     kept = workflow.store.assessment(key).get("values")
     if not isinstance(kept, dict):
@@ -48,7 +50,7 @@ def _assess(workflow: Workflow, model: str, key: str, what: str, on_event: OnEve
             model, data, metrics, split, model_kwargs=workflow.config.model.model_kwargs or None, on_event=on_event, **how
         )  # fmt: skip
         kept = dict(result.values)
-        workflow.store.keep_assessment(key, asdict(replace(result)))
+        workflow.store.keep_assessment(key, asdict(result))
     on_event(Note(f"{what}: " + ", ".join(f"{n} {kept[n]:.6g}" for n in metrics)))
     return {n: float(kept[n]) for n in metrics}
 

@@ -18,6 +18,7 @@ from phinetune.config import parse
 from phinetune.data.messages import DataConfig
 from phinetune.data.records import data_file
 from phinetune.errors import ConfigError, PhinetuneError
+from phinetune.evaluation.measurements import measurements, parse_metrics
 from phinetune.events import OnEvent, log_event
 from phinetune.generation.load import adapter_base, find
 from phinetune.model.embedded import EMBEDDED
@@ -163,10 +164,14 @@ def prepare(
 
     goals = Goals()
     try:
-        goals = parse_goals(config.constraints, config.objectives, METRIC_NAMES)
-        check_metrics(default_evaluation(config).metrics)
+        goals = parse_goals(config.constraints, config.objectives, list(measurements()))
     except ConfigError as error:
         note(error)
+    try:
+        if config.evaluate and config.evaluate.metrics:
+            parse_metrics(config.evaluate.metrics)
+    except ConfigError as error:
+        note(error, "evaluate.")
     alternatives = _find_passes(entries, note)
     spaces = _find_spaces(entries, alternatives, problems)
     digests: dict[str, str] = {}

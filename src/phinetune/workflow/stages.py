@@ -23,7 +23,7 @@ from phinetune.errors import ConfigError
 from phinetune.exporting.config import ExportConfig
 from phinetune.lora.config import LoraConfig, parse_lora_config
 from phinetune.systems.config import AcceleratorConfig
-from phinetune.systems.machine import builder_provider
+from phinetune.systems.config import builder_provider
 from phinetune.workflow.config import ONLY
 from phinetune.workflow.passes import Pass, PassJob
 
