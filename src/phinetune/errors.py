@@ -76,10 +76,6 @@ class InfeasibleError(PhinetuneError):
     exit_code = 3
 
 
-class SystemRunError(PhinetuneError):
-    """x"""
-
-
 class MissingPackageError(PhinetuneError):
     """A package that only an extra installs is needed for what was asked."""
 

@@ -1,1 +1,0 @@
-"""Microsoft Olive's configuration files, translated at the edge; see docs/olive.md."""
