@@ -22,7 +22,7 @@ from phinetune.exporting.config import ExportConfig
 from phinetune.lora.config import LoraConfig
 
 DOCS = Path(__file__).parent
-COMMANDS = ("finetune", "evaluate", "merge", "export", "chat", "quickstart")
+COMMANDS = ("finetune", "evaluate", "merge", "export", "chat", "quickstart", "info")
 CONFIGS = (
     (DataConfig, "data", "`data` of `finetune` and `evaluate`: which file, and how a row becomes a conversation."),
     (LoraConfig, "peft_config", "`peft_config` of `finetune`: the names of PEFT's `LoraConfig`."),

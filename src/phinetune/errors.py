@@ -10,6 +10,7 @@
     ├── ExportError           an ONNX build, or its verification
     ├── PassError             a pass of a workflow that failed by a bug, its own or ours (exit code 1)
     ├── InfeasibleError       no trial meets every constraint (exit code 3)
+    ├── SystemRunError        another Python environment or a container: not to be reached, or what broke down in it
     └── MissingPackageError   a package that an extra installs
 
 Anything else that escapes is a bug: it keeps its traceback and ends with exit code 1.
@@ -74,6 +75,10 @@ class InfeasibleError(PhinetuneError):
     """Nothing that was tried meets every constraint; the problems are the nearest misses."""
 
     exit_code = 3
+
+
+class SystemRunError(PhinetuneError):
+    """A process or container that cannot be started, or that ended without handing over a result; the message names its log."""
 
 
 class MissingPackageError(PhinetuneError):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from phinetune.cli.app import Quiet, Set, app
+from phinetune.cli.flags import Quiet, Set
 from phinetune.errors import ConfigError
 
 File = Annotated[
@@ -15,8 +15,7 @@ File = Annotated[
 ]
 
 
-@app.command()
-def run(
+def run_file(
     file: File = None,
     config: Annotated[
         str | None, typer.Option("--config", "--run-config", "-c", help="The same as FILE.", show_default=False)
@@ -75,7 +74,6 @@ def run(
         _show_result(result, workflow)
 
 
-@app.command()
 def migrate(
     file: Annotated[str, typer.Argument(help="A configuration file of Microsoft Olive.", show_default=False)],
     output: Annotated[

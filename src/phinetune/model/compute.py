@@ -38,16 +38,33 @@ def bfloat16_speedup(device: torch.device) -> float:
 
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return 0.0
-    file = cache_folder() / "machine.json"
-    key = content_key(_machine(), device.type, torch.__version__)[:16]
+    measured = measured_speedup(device)
+    if measured is None:
+        measured = round(_measure(device), 2)
+        entry = {"bfloat16_speedup": measured, "machine": processor_name(), "device": str(device)}
+        write_json(cache_folder() / "machine.json", {**_measured(), _speedup_key(device): entry})
+    return measured
+
+
+def measured_speedup(device: torch.device) -> float | None:
+    """What `bfloat16_speedup` has found out on this machine before; None where nothing was measured yet."""
+    entry = _measured().get(_speedup_key(device))
+    return float(entry["bfloat16_speedup"]) if entry else None
+
+
+def _measured() -> dict[str, Any]:
+    """Key -> entry of everything measured so far by whoever shares this cache."""
     try:
-        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        known = json.loads((cache_folder() / "machine.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        known = {}
-    if key not in known:
-        known[key] = {"bfloat16_speedup": round(_measure(device), 2), "machine": _machine(), "device": str(device)}
-        write_json(file, known)
-    return float(known[key]["bfloat16_speedup"])
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _speedup_key(device: torch.device) -> str:
+    import torch
+
+    return content_key(processor_name(), device.type, torch.__version__)[:16]
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -66,8 +83,8 @@ def available_memory() -> int | None:
     return None
 
 
-def _machine() -> str:
-    """The processor's own name, for telling machines apart that share a home folder."""
+def processor_name() -> str:
+    """The processor's own name, which also tells machines apart that share a home folder."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next(
