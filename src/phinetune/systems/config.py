@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -92,7 +93,7 @@ class AcceleratorConfig:
             problems.append(f"device: must be one of {', '.join(_DEVICES)} (found: {self.device!r})")
         name = self.execution_provider
         if name is not None and name not in PROVIDERS:
-            problems.append(f"execution_provider: {name!r} is not known{did_you_mean(str(name), PROVIDERS)}")
+            problems.append(f"execution_provider: {name!r} is not known{_nearest(str(name), PROVIDERS)}")
         elif name is not None and self.device in _DEVICES[:3] and self.device not in PROVIDERS[name][0]:
             problems.append(
                 f"execution_provider: {name} runs on {' or '.join(PROVIDERS[name][0])}, not on {self.device}"
@@ -183,7 +184,7 @@ def builder_provider(name: str) -> str:
     if builder is None:
         buildable = [n for n, (_, b) in PROVIDERS.items() if b]
         raise ConfigError(
-            f"{name}: the ONNX builder has no models for it{did_you_mean(name, buildable)}",
+            f"{name}: the ONNX builder has no models for it{_nearest(name, buildable)}",
             f"choose one of {', '.join(buildable)}",
         )
     return builder
@@ -304,6 +305,12 @@ def _docker_problems(system: SystemConfig) -> list[str]:
     except PhinetuneError as error:
         problems += [f"{p}; {error.hint}" for p in error.problems]
     return problems
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """`did_you_mean` with capitals of no account: Cuda... is CUDA..., not CPU..."""
+    spelt = {k.lower(): k for k in known}
+    return f', did you mean "{spelt[name.lower()]}"?' if name.lower() in spelt else did_you_mean(name, spelt.values())
 
 
 def _prepended(system: SystemConfig) -> list[str]:

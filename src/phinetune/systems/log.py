@@ -53,18 +53,26 @@ class LogFile:
         self.file = file.absolute()
         self.secrets = sorted({s.encode() for s in secrets}, key=len, reverse=True)
         self.last = b""
+        self.failure: OSError | None = None
         with disk_errors(self.file.parent):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.stream = self.file.open("ab", buffering=0)
         self.lock = threading.Lock()
 
     def add(self, data: bytes) -> None:
-        """Write `data` at once; secrets are struck out where they lie wholly inside it."""
+        """Write `data` at once; secrets are struck out where they lie wholly inside it.
+
+        A disk that takes no more does not stop the reading, on which the other process waits; `failure` keeps the reason.
+        """
         data = self.clean(data)
         with self.lock:
-            if not self.stream.closed:
-                self.stream.write(data)
             self.last = (self.last + data)[-_TAIL:]
+            rest = memoryview(data)
+            try:
+                while rest and self.failure is None and not self.stream.closed:
+                    rest = rest[self.stream.write(rest) or 0 :]
+            except OSError as error:
+                self.failure = error
 
     def say(self, line: str) -> None:
         """Write one line of our own."""

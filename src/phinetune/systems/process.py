@@ -56,9 +56,8 @@ def start_process(python: Path, module: str, job_file: Path, environment: dict[s
         process.stdin.flush()
 
     def close() -> None:
-        for stream in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):
-                stream.close()  # type: ignore[union-attr]
+        with contextlib.suppress(OSError):
+            process.stdin.close()  # type: ignore[union-attr]
 
     return Started(
         str(python), _chunks(process.stdout), _chunks(process.stderr), process.wait, lambda: _stop(process), close
@@ -77,8 +76,8 @@ def exit_text(code: int) -> str:
 
 
 def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
-    """What `stream` has, as soon as it has something."""
-    with contextlib.suppress(OSError, ValueError):  # closed from this side
+    """What `stream` has, as soon as it has something; closes it at its end."""
+    with stream:
         while chunk := os.read(stream.fileno(), 1 << 16):
             yield chunk
 

@@ -29,7 +29,7 @@ from phinetune.events import Event, Note, OnEvent, log_event
 from phinetune.systems.config import SystemConfig, environment_of, python_of
 from phinetune.systems.log import LogFile, secrets_in, without_secrets
 from phinetune.systems.process import PARENT_IS_HERE, Started, exit_text, start_process
-from phinetune.systems.wire import Outcome, read_event, to_json, write_event, write_outcome
+from phinetune.systems.wire import MARK, Outcome, read_event, to_json, write_event, write_outcome
 
 _LAST_WORDS = 5.0  # seconds that stderr may stay open, held by somebody else, after the process has ended
 
@@ -74,6 +74,8 @@ def run_module(
         finally:
             noise.join(_LAST_WORDS)
             started.close()
+    if log.failure is not None:
+        on_event(Note(f"{log.file}: the log is not complete: {log.failure.strerror or log.failure}", warning=True))
     return _result(outcome, code, f"{module} on {started.place}", log, on_event)
 
 
@@ -127,10 +129,12 @@ def _attend(started: Started, log: LogFile, on_event: OnEvent) -> Outcome | None
     """Pass events on, and what else stands on standard output to the log, until it ends; the outcome, if one was handed over."""
     outcome = None
     for line in _lines(started.stdout):
-        found = read_event(line.decode("utf-8", "replace"))
+        before, mark, after = line.rpartition(MARK.encode())  # what was printed last may lack its newline
+        found = read_event((mark + after).decode("utf-8", "replace"))
+        log.add(line if found is None else before)
         if found is None:
-            log.add(line)
-        elif isinstance(found, Outcome):
+            continue
+        if isinstance(found, Outcome):
             outcome = found
         else:
             on_event(found)
@@ -213,7 +217,12 @@ def _interrupted_by_termination() -> Iterator[None]:
             if os.read(0, len(PARENT_IS_HERE)) == PARENT_IS_HERE:  # else nobody promised to hold it open
                 while os.read(0, 64):
                     pass
-                os.kill(os.getpid(), signal.SIGTERM)
+                if hasattr(os, "killpg"):
+                    os.killpg(
+                        os.getpgrp(), signal.SIGTERM
+                    )  # who greets has made a group of this process and its children
+                else:
+                    os.kill(os.getpid(), signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
         yield

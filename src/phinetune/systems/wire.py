@@ -15,7 +15,8 @@ from phinetune import errors
 from phinetune.errors import PhinetuneError
 from phinetune.events import Event, Note, Progress
 
-_MARK = "\x1e"
+MARK = "\x1e"
+"""What every line of ours begins with; it stands nowhere else in one."""
 _ERRORS = {n: c for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, PhinetuneError)}
 
 
@@ -38,19 +39,21 @@ def write_event(stream: TextIO, event: Event) -> None:
 
 
 def write_outcome(stream: TextIO, outcome: Outcome) -> None:
-    """Write how it ended. Raises TypeError for a result that is not made of JSON's values (paths become text)."""
+    """Write how it ended. Raises TypeError for a result that is no dictionary of JSON's values (paths become text)."""
     if outcome.error is not None:
         name = next(c.__name__ for c in type(outcome.error).__mro__ if _ERRORS.get(c.__name__) is c)
         _write(stream, {"error": name, "problems": outcome.error.problems, "hint": outcome.error.hint})
     elif outcome.crash:
         _write(stream, {"crash": outcome.crash})
-    else:
+    elif isinstance(outcome.result, dict):
         _write(stream, {"result": outcome.result})
+    else:
+        raise TypeError(f"a result must be a dictionary, found {type(outcome.result).__name__}")
 
 
 def read_event(line: str) -> Event | Outcome | None:
     """The event or outcome in `line`; None if the line is neither."""
-    if not line.startswith(_MARK):
+    if not line.startswith(MARK):
         return None
     try:
         return _read(json.loads(line[1:]))
@@ -64,7 +67,7 @@ def to_json(value: Any) -> str:
 
 
 def _write(stream: TextIO, value: dict[str, Any]) -> None:
-    stream.write(_MARK + to_json(value) + "\n")
+    stream.write(MARK + to_json(value) + "\n")
     stream.flush()
 
 
