@@ -20,6 +20,7 @@ from phinetune.cli.app import main
 from phinetune.data.messages import DataConfig
 from phinetune.exporting.config import ExportConfig
 from phinetune.lora.config import LoraConfig
+from phinetune.systems.config import AcceleratorConfig, SystemConfig
 
 DOCS = Path(__file__).parent
 COMMANDS = ("finetune", "evaluate", "merge", "export", "chat", "quickstart", "info")
@@ -27,6 +28,8 @@ CONFIGS = (
     (DataConfig, "data", "`data` of `finetune` and `evaluate`: which file, and how a row becomes a conversation."),
     (LoraConfig, "peft_config", "`peft_config` of `finetune`: the names of PEFT's `LoraConfig`."),
     (ExportConfig, "export_config", "`export_config` of `export`: how the ONNX model is built."),
+    (SystemConfig, "a system", "Where work runs (see [systems](systems.md))."),
+    (AcceleratorConfig, "accelerator", "`accelerator` of a system: what the result is for."),
 )
 MARK = "<!-- Written by docs/generate.py; do not edit. -->\n"
 
@@ -57,6 +60,14 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
+def default_text(field: dataclasses.Field[object]) -> str:
+    """A field's default as a cell of the table."""
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+        return "its own defaults" if dataclasses.is_dataclass(value) else f"`{value!r}`"
+    return "needed" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+
+
 def config() -> str:
     """The page of configuration keys."""
     parts = [MARK, "# Configuration\n", INTRODUCTION]
@@ -64,7 +75,7 @@ def config() -> str:
         docs = field_docs(cls)
         parts.append(f"## {name}\n\n{what}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |")
         for field in dataclasses.fields(cls):
-            default = "needed" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+            default = default_text(field)
             kind = str(field.type).replace("|", "\\|")
             parts.append(f"| `{field.name}` | `{kind}` | {default} | {docs[field.name]} |")
         parts.append("")

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 import phinetune
 from phinetune import errors
 from phinetune.cli.app import main as command
-from phinetune.config import parse
+from phinetune.config import parse, read_yaml
 from phinetune.errors import ConfigError, DataError, MissingPackageError, OutputError, PhinetuneError, SystemRunError
 from phinetune.events import Event, Note, Progress
 from phinetune.systems import container, process
@@ -926,6 +927,16 @@ def test_the_real_sdk_without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None
 # the machine
 
 
+def test_the_page_on_systems_is_true(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "systems.md").read_text(encoding="utf-8")
+    (written,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    system = parse(SystemConfig, read_yaml(written, "systems.md"))
+    assert system.type == "python" and system.accelerator.memory_bytes == 16 * 10**9
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, "systems.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("[] ")
+
+
 def test_this_machine_is_described(tmp_path: Path) -> None:
     here = this_machine(tmp_path / "not" / "yet")
     assert here.cores >= 1 and here.processor and here.free_disk[str(tmp_path / "not" / "yet")] > 0
@@ -960,6 +971,17 @@ def test_what_is_missing_is_said_and_nothing_fails(tmp_path: Path, monkeypatch: 
     assert any(line.startswith("torch cannot be imported") for line in here.missing) and here.accelerators == ()
     assert any(line.startswith("the cache folder cannot be used") for line in here.missing)
     assert list(here.free_disk) == [str(tmp_path)]
+
+
+def test_cuda_devices_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    properties = types.SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=85_000_000_000)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    first, second = this_machine().accelerators
+    assert first == machine_module.Accelerator("cuda:0", "NVIDIA H100 80GB HBM3", 85_000_000_000)
+    assert second.device == "cuda:1"
 
 
 def test_a_broken_onnxruntime_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
