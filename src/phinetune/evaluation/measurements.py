@@ -92,8 +92,6 @@ def _of_clock(clock: Clock, statistic: Statistic, name: str) -> Callable[[Eviden
     return value
 
 
-_LABELS = "mean over the references' labels (macro), case and outer white space aside"
-
 MEASUREMENTS: dict[str, Measurement] = {
     "stop_rate": Measurement(
         lambda found: sum(a.stopped for a in found.answers) / len(found.answers),
@@ -103,12 +101,18 @@ MEASUREMENTS: dict[str, Measurement] = {
         "answers that end by themselves before the limit",
         True,
     ),
-    "precision": Measurement(_of_labels(0), "answers", "share", True, f"of a label's answers, those right: {_LABELS}"),
+    "precision": Measurement(
+        _of_labels(0), "answers", "share", True, "of the answers with a label, those right; mean over the labels"
+    ),
     "recall": Measurement(
-        _of_labels(1), "answers", "share", True, f"of a label's references, those answered so: {_LABELS}"
+        _of_labels(1),
+        "answers",
+        "share",
+        True,
+        "of the references with a label, those answered so; mean over the labels",
     ),
     "f1": Measurement(
-        _of_labels(2), "answers", "share", True, f"harmonic mean of a label's precision and recall: {_LABELS}"
+        _of_labels(2), "answers", "share", True, "harmonic mean of a label's precision and recall; mean over the labels"
     ),
     "loss": Measurement(
         lambda found: _loss(found).mean,

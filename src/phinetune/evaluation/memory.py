@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import phinetune
+from phinetune import errors
 from phinetune.artifact import write_json
 from phinetune.errors import ConfigError, ModelError, PhinetuneError
 from phinetune.events import Event, Note, OnEvent, log_event
@@ -69,15 +70,7 @@ def peak_memory(
     with tempfile.TemporaryDirectory(prefix="phinetune-memory-") as folder:
         asked, told = Path(folder) / "request.json", Path(folder) / "report.json"
         asked.write_text(json.dumps(request, default=_plain), encoding="utf-8")
-        source = str(Path(phinetune.__file__).parents[1])
-        path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-        done = subprocess.run(
-            [sys.executable, "-m", "phinetune.evaluation.memory", str(asked), str(told)],
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+        done = _fresh_process(asked, told)
         if not told.is_file():
             last = (done.stderr.strip() or "no message").splitlines()[-1]
             raise ModelError(
@@ -88,10 +81,23 @@ def peak_memory(
     for note in report["notes"]:
         on_event(Note(**note))
     if "problems" in report:
-        raise ModelError(report["problems"], report["hint"])
+        kind: type[PhinetuneError] = getattr(errors, report["error"], PhinetuneError)
+        raise kind(report["problems"], report["hint"])
     if report["device"] not in (None, "cpu"):
         on_event(Note(f"memory: main memory only; the model lies on {report['device']}", warning=True))
     return int(report["bytes"])
+
+
+def _fresh_process(asked: Path, told: Path) -> subprocess.CompletedProcess[str]:
+    """This file as a program, with this interpreter and this phinetune."""
+    path = os.pathsep.join(filter(None, [str(Path(phinetune.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-m", "phinetune.evaluation.memory", str(asked), str(told)],
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -116,7 +122,7 @@ def main(request: Path, report: Path) -> None:
         device = getattr(getattr(generator, "model", None), "device", None)
         found |= {"bytes": resident_peak(), "device": getattr(device, "type", None)}
     except PhinetuneError as error:
-        found |= {"problems": error.problems, "hint": error.hint}
+        found |= {"error": type(error).__name__, "problems": error.problems, "hint": error.hint}
     write_json(report, {**found, "notes": [vars(n) for n in notes if isinstance(n, Note)]})
 
 
