@@ -17,6 +17,7 @@ import phinetune
 import phinetune.lora as lora
 from phinetune.artifact import partial_folder
 from phinetune.errors import AdapterError, ConfigError
+from phinetune.events import Note
 from phinetune.generation.load import load_adapted
 from phinetune.model.load import LoadPlan, load_model, quiet_transformers
 from phinetune.model.probe import distance, probe_logits
@@ -193,3 +194,19 @@ def test_a_merge_that_broke_off_goes_on_with_the_files_that_are_whole(
     assert names == {f.name for f in (tmp_path / "out").iterdir()}
     for name in names - {"manifest.json"}:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_file_written_for_phi3_trains_a_model_whose_projections_are_apart(
+    llama_folder: Path, tone_data: dict[str, Any], tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    targets = {"r": 4, "target_modules": ["o_proj", "qkv_proj"]}
+    fused = finetune(
+        *(str(llama_folder), tone_data, FAST, targets, FP32, tmp_path / "fused"),
+        on_event=lambda e: notes.append(e.text) if isinstance(e, Note) else None,
+    )
+    assert "target_modules: qkv_proj is q_proj, k_proj, v_proj in this model" in notes
+    named = {"r": 4, "target_modules": ["o_proj", "q_proj", "k_proj", "v_proj"]}
+    parts = finetune(str(llama_folder), tone_data, FAST, named, FP32, tmp_path / "parts")
+    assert adapter_bytes(fused.folder) == adapter_bytes(parts.folder)
+    assert phinetune.merge(str(fused.folder), tmp_path / "merged").manifest["figures"]["layers"] == 8

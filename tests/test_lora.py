@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from phinetune.errors import AdapterError, ConfigError
+from phinetune.events import Note
 from phinetune.lora.adapter import WEIGHTS_FILE, load_adapter, read_adapter, save_adapter
 from phinetune.lora.config import LoraConfig, parse_lora_config
 from phinetune.lora.functional import lora_linear, lora_linear_reference
@@ -382,3 +383,103 @@ def test_the_written_config_names_the_layers_in_full(adapter: Path) -> None:
     values = json.loads((adapter / "adapter_config.json").read_text())
     assert values["peft_type"] == "LORA" and values["r"] == 4 and len(values["target_modules"]) == 14
     assert all(n.startswith("model.layers.") for n in values["target_modules"])
+
+
+# Names of fused layers, on models that hold the parts as layers of their own: files written for Phi-3 mean the same elsewhere.
+
+
+def said_by(model: Any, **config: Any) -> tuple[Any, list[str]]:
+    """(adapter, notes)."""
+    notes: list[str] = []
+    values = {"r": 4, "lora_alpha": 8, **config}
+    adapter = inject(
+        model, LoraConfig(**values), on_event=lambda e: notes.append(e.text) if isinstance(e, Note) else None
+    )
+    return adapter, notes
+
+
+def test_the_name_of_a_fused_layer_means_its_parts_where_the_model_has_them_and_says_so() -> None:
+    adapter, notes = said_by(tiny_model("llama"), target_modules=["o_proj", "qkv_proj", "gate_up_proj"])
+    endings = {n.rpartition(".")[2] for n in adapter.layers}
+    assert endings == {"o_proj", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} and len(adapter.layers) == 12
+    assert notes == [
+        "target_modules: qkv_proj is q_proj, k_proj, v_proj and gate_up_proj is gate_proj, up_proj in this model"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "endings"),
+    [
+        ("llama", ["c_attn"], {"q_proj", "k_proj", "v_proj"}),
+        ("llama", ["query_key_value"], {"q_proj", "k_proj", "v_proj"}),
+        ("opt", ["self_attn.qkv_proj"], {"q_proj", "k_proj", "v_proj"}),
+        ("gpt2", ["qkv_proj"], {"c_attn"}),
+        ("llama", ["q_proj", "qkv_proj"], {"q_proj", "k_proj", "v_proj"}),
+    ],
+)
+def test_other_names_of_fused_layers_and_other_models(name: str, targets: list[str], endings: set[str]) -> None:
+    from zoo import zoo_model
+
+    adapter, notes = said_by(zoo_model(name), target_modules=targets)
+    assert {n.rpartition(".")[2] for n in adapter.layers} == endings
+    assert len(notes) == 1 and "q_proj, k_proj, v_proj in this model" in notes[0]
+
+
+def test_where_the_fused_layer_is_there_its_name_means_it_and_nothing_is_said() -> None:
+    adapter, notes = said_by(tiny_model("phi3"), target_modules=["o_proj", "qkv_proj", "gate_up_proj"])
+    assert {n.rpartition(".")[2] for n in adapter.layers} == {"o_proj", "qkv_proj", "gate_up_proj"} and notes == []
+    adapter, notes = said_by(tiny_model("llama"), target_modules=["q_proj", "up_proj"])
+    assert notes == []
+
+
+def test_patterns_and_exclusions_by_fused_names_follow() -> None:
+    adapter, notes = said_by(
+        tiny_model("llama"),
+        target_modules="all-linear",
+        exclude_modules=["gate_up_proj"],
+        rank_pattern={"layers.0.self_attn.qkv_proj": 2, "q_proj": 3},
+        alpha_pattern={r"self_attn\.qkv_proj": 12},
+    )
+    sizes = {n.removeprefix("model.layers."): (layer.r, layer.scaling) for n, layer in adapter.layers.items()}
+    assert not any("gate_proj" in n or "up_proj" in n for n in sizes)
+    assert sizes["0.self_attn.q_proj"] == sizes["0.self_attn.v_proj"] == (2, 6.0)
+    assert sizes["1.self_attn.q_proj"] == (3, 4.0) and sizes["1.self_attn.k_proj"] == (4, 3.0)
+    assert sizes["1.self_attn.o_proj"] == (4, 2.0)
+    assert len(notes) == 1 and notes[0].startswith("exclude_modules, rank_pattern, alpha_pattern: ")
+
+
+def test_what_is_saved_names_the_layers_that_were_adapted_so_that_peft_and_we_load_it(tmp_path: Path) -> None:
+    import peft
+
+    model = tiny_model("llama")
+    adapter, _ = said_by(model, target_modules=["qkv_proj", "down_proj"], rank_pattern={"qkv_proj": 2})
+    for layer in adapter.layers.values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    save_adapter(adapter, tmp_path)
+    text = (tmp_path / "adapter_config.json").read_text()
+    assert "qkv_proj" not in text and len(json.loads(text)["target_modules"]) == 8
+    again = tiny_model("llama")
+    load_adapter(again, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path))
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("llama", {"target_modules": ["o_proj", "qkv_prj"]}, '"qkv_prj" matches no layer'),
+        ("llama", {"target_modules": ["o_proj", "mlp.qkv_proj"]}, '"mlp.qkv_proj" matches no layer'),
+        ("bloom", {"target_modules": ["dense", "qkv_proj"]}, '"qkv_proj" matches no layer'),
+        ("gpt2", {"target_modules": ["c_attn", "gate_up_proj"]}, '"gate_up_proj" matches no layer'),
+        ("llama", {"target_modules": ["o_proj"], "rank_pattern": {"qkv_proj": 2}}, "q_proj"),
+    ],
+)
+def test_a_name_that_matches_nothing_beside_others_that_do_is_an_error(
+    name: str, config: dict[str, Any], message: str
+) -> None:
+    from zoo import zoo_model
+
+    with pytest.raises(AdapterError) as caught:
+        inject(zoo_model(name), LoraConfig(r=4, **config))
+    assert message in str(caught.value)

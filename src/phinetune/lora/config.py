@@ -25,7 +25,7 @@ class LoraConfig:
     lora_dropout: float = 0.0
     """Dropout on the input of the low-rank path, 0 to below 1."""
     target_modules: str | list[str] = "all-linear"
-    """Names or name endings of the layers, a regular expression for the whole name, or "all-linear": every linear layer but the output head. The slices of a fused layer (q_proj of a qkv_proj) may be named as if they were layers."""
+    """Names or name endings of the layers, a regular expression for the whole name, or "all-linear": every linear layer but the output head. The slices of a fused layer (q_proj of a qkv_proj) may be named as if they were layers, and a fused layer (qkv_proj) where the model has its parts only."""
     exclude_modules: str | list[str] | None = None
     """Names, name endings or a regular expression of layers to leave out."""
     layers_to_transform: int | list[int] | None = None

@@ -39,4 +39,4 @@ class OriginalWeights:
                 "use another init_lora_weights for this model",
             )
         weight = self.layout.read(stored)
-        return weight.t() if is_stored_transposed(name, self.model_type) else weight
+        return weight.t().contiguous() if is_stored_transposed(name, self.model_type) else weight
