@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from phinetune.workflow.assess import assess
     from phinetune.workflow.evaluate import evaluate
     from phinetune.workflow.export import export
+    from phinetune.workflow.export_adapters import export_adapters
     from phinetune.workflow.finetune import finetune
     from phinetune.workflow.merge import merge
     from phinetune.workflow.quickstart import quickstart
@@ -39,6 +40,7 @@ _HOME = {
     "assess": "phinetune.workflow.assess",
     "evaluate": "phinetune.workflow.evaluate",
     "export": "phinetune.workflow.export",
+    "export_adapters": "phinetune.workflow.export_adapters",
     "finetune": "phinetune.workflow.finetune",
     "load_generator": "phinetune.generation.load",
     "merge": "phinetune.workflow.merge",
@@ -57,6 +59,7 @@ __all__ = [
     "assess",
     "evaluate",
     "export",
+    "export_adapters",
     "finetune",
     "load_generator",
     "merge",

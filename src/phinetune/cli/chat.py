@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from phinetune.artifact import read_manifest
 from phinetune.cli.console import Terminal, out, show_error
 from phinetune.config import apply_settings
 from phinetune.errors import ConfigError, PhinetuneError
 from phinetune.events import Note
-from phinetune.generation.load import find, load_generator
+from phinetune.generation.load import find, find_manifest, load_generator
 from phinetune.generation.protocol import Sampling
 from phinetune.serving.chat import ChatSession, single_field_template
 
@@ -33,7 +32,7 @@ def run_chat(
         raise ConfigError("model: this key is needed", "give --model")
     with Terminal(quiet) as on_event:
         folder, _ = find(model, model_kwargs, on_event)
-        trained = read_manifest(folder).get("data") or {}
+        trained = find_manifest(model, folder).get("data") or {}
         template = None if raw else single_field_template(trained.get("prompt"))
         system = system or trained.get("system")
         generator = load_generator(model, model_kwargs, None, base_model, on_event)

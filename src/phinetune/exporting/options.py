@@ -73,7 +73,7 @@ def read_builder(folder: Path) -> Builder:
         *re.findall(r'"(\w+)" (?:not )?in (?:self\.)?(?:extra_options|kv_pairs)', whole),
         *(name for part in re.findall(r"bools = \[(.*?)\]", whole, re.DOTALL) for name in re.findall(r'"(\w+)"', part)),
     }
-    known = {a for a in ("rtn", "rtn_last", "k_quant", "k_quant_last", "k_quant_mixed", "k_quant_linear")}
+    known = ("rtn", "rtn_last", "k_quant", "k_quant_last", "k_quant_mixed", "k_quant_linear")
     return Builder(
         "int4_" if '"int4_is_symmetric"' in whole else "",
         tuple(re.findall(r'"(\w+)"', choices[1])) if choices else ("int4", "fp16", "fp32"),

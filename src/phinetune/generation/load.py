@@ -8,7 +8,7 @@ from typing import Any
 from phinetune.artifact import read_manifest
 from phinetune.errors import AdapterError
 from phinetune.events import Note, OnEvent, log_event
-from phinetune.generation.onnx_backend import load_onnx
+from phinetune.generation.onnx_backend import ADAPTER_SUFFIX, load_onnx
 from phinetune.generation.protocol import Generator
 from phinetune.generation.torch_backend import TorchGenerator
 from phinetune.model.contract import CONTRACT_FILE, PromptContract, load_contract
@@ -18,11 +18,28 @@ from phinetune.model.load import load_base_contract, load_model, plan_load
 
 
 def find(name: str, model_kwargs: dict[str, Any] | None = None, on_event: OnEvent = log_event) -> tuple[Path, Kind]:
-    """(folder, kind) of a model given as the output folder of a stage, a base model's folder, a hub id, or an embedded model."""
+    """(folder, kind) of a model given as the output folder of a stage, a base model's folder, a hub id, or an embedded model.
+
+    An adapter of an ONNX folder is given as its file, `FOLDER/NAME.onnx_adapter`; the folder is then found.
+    """
     folder = Path(name).expanduser()
+    if folder.suffix == ADAPTER_SUFFIX and folder.is_file() and kind_of(folder.parent) == "onnx":
+        return folder.parent, "onnx"
     if name not in EMBEDDED and folder.is_dir() and kind_of(folder) != "hf":
         return folder, kind_of(folder)
     return resolve_model(name, model_kwargs, on_event), "hf"
+
+
+def find_manifest(name: str, folder: Path) -> dict[str, Any]:
+    """The manifest of the model `name` in `folder`; for an adapter of an ONNX folder, what is known of that adapter's training."""
+    manifest, adapter = read_manifest(folder), _onnx_adapter(name)
+    known = manifest.get("adapters") if adapter else None
+    return {**manifest, **known.get(adapter, {})} if isinstance(known, dict) else manifest
+
+
+def _onnx_adapter(name: str) -> str | None:
+    """NAME of `FOLDER/NAME.onnx_adapter`."""
+    return Path(name).stem if name.endswith(ADAPTER_SUFFIX) else None
 
 
 def load_generator(
@@ -35,7 +52,7 @@ def load_generator(
     """The generator for `name` (see `find`). `base_model` replaces the one that an adapter names; it must have the same content."""
     folder, kind = find(name, model_kwargs, on_event)
     if kind == "onnx":
-        return load_onnx(folder)
+        return load_onnx(folder, _onnx_adapter(name))
     if kind == "adapter":
         model, contract = load_adapted(folder, model_kwargs, longest, base_model, on_event)
         return TorchGenerator(model.eval(), contract)

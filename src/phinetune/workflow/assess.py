@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from phinetune.artifact import folder_bytes, read_manifest
+from phinetune.artifact import folder_bytes
 from phinetune.data.messages import DataConfig
 from phinetune.errors import ConfigError
 from phinetune.evaluation.assessment import (
@@ -30,7 +30,7 @@ from phinetune.evaluation.memory import check_memory_can_be_measured, peak_memor
 from phinetune.evaluation.results import wrong_answers
 from phinetune.evaluation.score import Score, answer_limit
 from phinetune.events import Event, OnEvent, log_event
-from phinetune.generation.load import find, find_contract, load_generator
+from phinetune.generation.load import find, find_contract, find_manifest, load_generator
 from phinetune.quiet import working
 from phinetune.workflow.held_out import Part, Split, choose_examples
 
@@ -110,7 +110,7 @@ def examine(
     evidence, part, scored = Evidence(), None, None
     if needs - {"files"}:
         contract = find_contract(model, model_kwargs, base_model, _nobody)  # the loading says the same
-        part = choose_examples(data, split, read_manifest(folder), contract, max_examples, on_event)
+        part = choose_examples(data, split, find_manifest(model, folder), contract, max_examples, on_event)
         place = f"{part.config.path}, {part.split} part"
         loading = bool(needs - {"files", "process"})
         if loading:

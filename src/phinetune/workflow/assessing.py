@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 from phinetune.artifact import content_key
 from phinetune.data.messages import DataConfig
-from phinetune.events import Note, OnEvent, log_event
 from phinetune.evaluation.measurements import measurements
+from phinetune.events import Note, OnEvent, log_event
 from phinetune.model.compute import processor_name
 from phinetune.workflow.assess import assess
 from phinetune.workflow.goals import Values

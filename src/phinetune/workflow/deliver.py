@@ -1,9 +1,12 @@
 """STUB until merged."""
 from __future__ import annotations
-import json, shutil
+
+import shutil
 from pathlib import Path
 from typing import Any
+
 from phinetune.events import OnEvent
+
 
 def check_place(output: Path) -> None:
     """Stub."""

@@ -23,7 +23,7 @@ from phinetune.model.folder import base_key, weight_files
 from phinetune.workflow.merge import INHERITED, adapter_key, merge
 
 _TRAINING_PROMPTS = 200  # prompts of the training whose token ids are compared with ONNX Runtime's
-_FP_TOLERANCE = {
+FP_TOLERANCE = {
     "fp32": 1e-3,
     "fp16": 0.25,
     "bf16": 2.0,
@@ -41,17 +41,26 @@ def export(
     output_dir: str | Path,
     export_config: dict[str, Any] | ExportConfig | None = None,
     base_model: str | None = None,
+    adapters: list[str] | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     on_event: OnEvent = log_event,
 ) -> StageFolder:
     """Write `model` (a merged or base model; an adapter is merged first) as an ONNX Runtime GenAI folder, verified.
 
+    adapters: folders of adapters of the base model `model`, to be switched while it runs instead (see `export_adapters`).
+
     Verified means: the graph shows every option that was asked for, the folder loads and answers, its tokenizer gives the ids that
     training used, it stops where the model was trained to stop; in fp32 its logits are torch's within 1e-3. What could not be verified
     is said. Raises ConfigError for options that cannot be, before anything is built; ExportError for a folder that is not what was asked
     for, and leaves nothing.
     """
+    if adapters:
+        from phinetune.workflow.export_adapters import export_adapters
+
+        return export_adapters(
+            adapters, output_dir, export_config, base_model or model, (), trust_remote_code, overwrite, on_event
+        )
     config = parse_export_config(export_config)
     check_builder()
     source, kind = find(model, on_event=on_event)
@@ -104,16 +113,17 @@ def build_verified(
     made_from: dict[str, Any],
     trust_remote_code: bool,
     on_event: OnEvent,
+    contract: PromptContract | None = None,
 ) -> dict[str, Any]:
-    """Build the plain model `source` into `folder`, put its contract in, verify; returns what was verified."""
+    """Build the plain model `source` into `folder`, put its contract (its own, if none is given) in, verify; returns what was verified."""
     from phinetune.exporting.verify import verify, write_contract
     from phinetune.model.load import load_base_contract
 
-    contract = load_base_contract(source, trust_remote_code)
+    contract = contract or load_base_contract(source, trust_remote_code)
     build_onnx(source, folder, config, trust_remote_code, on_event)
     write_contract(folder, contract, config.search)
     verified = verify(folder, config, contract, training_probes(made_from, contract), on_event)
-    if config.precision in _FP_TOLERANCE and verified["prompts_compared"]:  # else it does not load on this machine
+    if config.precision in FP_TOLERANCE and verified["prompts_compared"]:  # else it does not load on this machine
         verified["logits_distance"] = _compare(source, folder, config, contract, trust_remote_code, on_event)
     return verified
 
@@ -159,9 +169,9 @@ def _compare(
         distance = max(distance, outputs_distance(folder, contract, model))
     what = "logits" if not config.exclude_lm_head else "hidden states"
     on_event(Note(f"export: on the probes the ONNX {what} differ from torch's by {distance:.2g} at most"))
-    if distance > _FP_TOLERANCE[config.precision]:
+    if distance > FP_TOLERANCE[config.precision]:
         raise ExportError(
-            f"the {config.precision} ONNX model's {what} differ from torch's by {distance:.3g} ({_FP_TOLERANCE[config.precision]} is allowed)",
+            f"the {config.precision} ONNX model's {what} differ from torch's by {distance:.3g} ({FP_TOLERANCE[config.precision]} is allowed)",
             "this architecture is not exported rightly by the installed onnxruntime-genai",
         )
     return distance

@@ -7,7 +7,7 @@ from phinetune.workflow.config import PassEntry, WorkflowConfig
 _OF_TYPE = {
     "qlora": ("bitsandbytes",),
     "loftq": ("bitsandbytes",),
-    **{name: ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai") for name in ("modelbuilder", "onnxconversion", "rtn", "extractadapters")},
+    **dict.fromkeys(("modelbuilder", "onnxconversion", "rtn", "extractadapters"), ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai")),
 }
 
 

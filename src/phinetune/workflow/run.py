@@ -27,8 +27,8 @@ from phinetune.errors import ConfigError, InfeasibleError, PassError, PhinetuneE
 from phinetune.events import Event, Note, OnEvent, log_event
 from phinetune.quiet import working
 from phinetune.systems.running import run_module
-from phinetune.workflow.config import as_values
 from phinetune.workflow.assessing import assess_artifact, assess_source
+from phinetune.workflow.config import as_values
 from phinetune.workflow.deliver import check_place, deliver
 from phinetune.workflow.outcome import RunResult, StepResult, TrialResult
 from phinetune.workflow.plan import Step, Workflow

@@ -22,8 +22,7 @@ from phinetune.data.records import data_file
 from phinetune.errors import ConfigError
 from phinetune.exporting.config import ExportConfig
 from phinetune.lora.config import LoraConfig, parse_lora_config
-from phinetune.systems.config import AcceleratorConfig
-from phinetune.systems.config import builder_provider
+from phinetune.systems.config import AcceleratorConfig, builder_provider
 from phinetune.workflow.config import ONLY
 from phinetune.workflow.passes import Pass, PassJob
 
