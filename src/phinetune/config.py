@@ -160,7 +160,9 @@ def _refuse_explosion(text: str, source: str) -> None:
     import yaml
 
     sizes: dict[str, int] = {}
-    open_at: list[tuple[str | None, int]] = []  # anchors of the collections that are open, and the count when they began
+    open_at: list[
+        tuple[str | None, int]
+    ] = []  # anchors of the collections that are open, and the count when they began
     count = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.events.AliasEvent):
@@ -180,6 +182,16 @@ def _refuse_explosion(text: str, source: str) -> None:
             raise ConfigError(f"{source}: its anchors stand for more than {_MOST_VALUES:,} values", "write them out")
 
 
+_PLAIN_TEXT = (
+    "prompt",
+    "completion",
+    "system",
+    "text",
+    "chat_template",
+    "rows",
+)  # where braces and brackets are not YAML's
+
+
 def apply_settings(values: dict[str, Any], settings: typing.Sequence[str]) -> dict[str, Any]:
     """A copy of `values` with each `a.b=c` of `settings` set; c is read as YAML, so 8, 5e-4, true, null and [q, v] mean what they say."""
     result = copy.deepcopy(values)
@@ -187,7 +199,8 @@ def apply_settings(values: dict[str, Any], settings: typing.Sequence[str]) -> di
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f'--set {setting}: must be key=value, such as "peft_config.r=8"')
-        template = key.strip() in ("data.prompt", "data.completion", "data.system")  # where braces are not YAML's
+        group, _, name = key.strip().partition(".")
+        template = group in ("data", "eval_data") and name in _PLAIN_TEXT
         put(result, key.strip(), text if template else read_yaml(text, f"--set {key.strip()}"))
     return result
 
@@ -197,7 +210,7 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         inner = values.get(parent)
-        if isinstance(inner, str) and parent == "data":
+        if isinstance(inner, str) and parent in ("data", "eval_data"):
             inner = {"path": inner}
         if inner is None:
             inner = {}

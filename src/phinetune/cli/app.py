@@ -27,6 +27,7 @@ app = typer.Typer(
     help="A small language model from your data to your hardware: fine-tune with LoRA, evaluate, merge, export to int4 ONNX, chat.",
 )
 
+
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if version:

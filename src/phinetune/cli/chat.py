@@ -10,7 +10,7 @@ from phinetune.errors import ConfigError, PhinetuneError
 from phinetune.events import Note
 from phinetune.generation.load import find, find_manifest, load_generator
 from phinetune.generation.protocol import Sampling
-from phinetune.serving.chat import ChatSession, single_field_template
+from phinetune.serving.chat import ChatSession, prompt_template, single_field_template
 
 
 def run_chat(
@@ -33,14 +33,21 @@ def run_chat(
     with Terminal(quiet) as on_event:
         folder, _ = find(model, model_kwargs, on_event)
         trained = find_manifest(model, folder).get("data") or {}
-        template = None if raw else single_field_template(trained.get("prompt"))
+        template = None if raw else single_field_template(prompt_template(trained))
+        on_texts = trained.get("chat", True) is False
+        if on_texts and system:
+            raise ConfigError(
+                "system: the model was trained on texts without a chat template and knows no system message"
+            )
         system = system or trained.get("system")
         generator = load_generator(model, model_kwargs, None, base_model, on_event)
         if template is not None:
             on_event(
                 Note(f"chat: each message fills the prompt of the training, {template!r} (--raw sends it as it stands)")
             )
-    session = ChatSession(generator, sampling, system, template)
+        elif on_texts:
+            on_event(Note("chat: the model was trained on texts; it goes on from each message as it stands"))
+    session = ChatSession(generator, sampling, system, template, chat=not on_texts)
     if message is not None:
         _answer(session, message)
     elif sys.stdin.isatty():

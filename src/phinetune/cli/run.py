@@ -11,7 +11,8 @@ from phinetune.cli.flags import Quiet, Set
 from phinetune.errors import ConfigError
 
 File = Annotated[
-    str | None, typer.Argument(help="Workflow file (YAML or JSON): phinetune's own, or Microsoft Olive's.", show_default=False)
+    str | None,
+    typer.Argument(help="Workflow file (YAML or JSON): phinetune's own, or Microsoft Olive's.", show_default=False),
 ]
 
 
@@ -25,13 +26,15 @@ def run_file(
         bool, typer.Option("--dry-run", help="Check everything and show the plan; compute nothing, fetch nothing.")
     ] = False,
     only: Annotated[
-        str | None, typer.Option(metavar="PASS", help="Run this pass alone, on what earlier runs left.", show_default=False)
+        str | None,
+        typer.Option(metavar="PASS", help="Run this pass alone, on what earlier runs left.", show_default=False),
     ] = None,
-    until: Annotated[
-        str | None, typer.Option(metavar="PASS", help="Stop after this pass.", show_default=False)
-    ] = None,
+    until: Annotated[str | None, typer.Option(metavar="PASS", help="Stop after this pass.", show_default=False)] = None,
     worker: Annotated[
-        bool, typer.Option("--worker", help="Join the search that another run of this file has begun, and leave the result to it.")
+        bool,
+        typer.Option(
+            "--worker", help="Join the search that another run of this file has begun, and leave the result to it."
+        ),
     ] = False,
     list_required_packages: Annotated[
         bool, typer.Option("--list-required-packages", help="Print the packages that the file's passes need.")
@@ -121,7 +124,10 @@ def _show_result(result: Any, workflow: Any) -> None:
         console.print(_table(header, rows))
     best = result.best
     if best is not None:
-        console.print(f"{Path(workflow.config.output_dir) / 'model'}: {best.steps[-1].type}, trial {best.number} of {len(result.trials)}", markup=False)
+        console.print(
+            f"{Path(workflow.config.output_dir) / 'model'}: {best.steps[-1].type}, trial {best.number} of {len(result.trials)}",
+            markup=False,
+        )
 
 
 def _table(header: Any, rows: Any) -> Any:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from phinetune.data.examples import MASKED, first_learned
+from phinetune.data.encoding import MASKED, first_learned
 
 if TYPE_CHECKING:
     import torch
@@ -37,16 +37,30 @@ def shared_prefix(rows: Sequence[dict[str, Any]]) -> int:
     return length
 
 
+def segments(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with each packed block replaced by its segments, which are rows of their own: they do not see each other."""
+    apart: list[dict[str, Any]] = []
+    for row in rows:
+        start = 0
+        for length in row.get("segments") or [len(row["input_ids"])]:
+            apart.append({key: row[key][start : start + length] for key in ("input_ids", "labels")})
+            start += length
+    return apart
+
+
 @dataclass(frozen=True)
 class Collator:
-    """Rows with `input_ids` and `labels` -> a batch for the loss (see the module's head). `hidden_size` weighs attention against the rest."""
+    """Rows with `input_ids` and `labels` -> a batch for the loss (see the module's head). `hidden_size` weighs attention against the rest.
+
+    A packed block (a row with `segments`) is laid out as the rows it is made of.
+    """
 
     pad_id: int
     hidden_size: int
     layout: Layout = "auto"
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        layout = self.layout
+        rows, layout = segments(rows), self.layout
         if layout == "auto":
             prefix = shared_prefix(rows)
             lengths = [len(row["input_ids"]) for row in rows]

@@ -1,11 +1,9 @@
-"""From a conversation to token ids with labels: only what the assistant says is learned, up to and including its stop token.
+"""The examples of a data file: rows chosen, encoded, split into those to train on and those held out, packed, and counted.
 
-    <|im_start|>user ... <|im_end|>  <|im_start|>assistant  joy <|im_end|>
-    └──────────── label -100 ───────────────────────────┘  └─ learned ──┘
+    records -> conversations -> encoded rows -> train | held out -> blocks or windows (the strategies)
 
-The rule that matters: the ids before an answer are exactly the ids that a runtime gets when it tokenizes the rendered prompt. A
-tokenizer may join characters across that border when it sees the whole text; then prompt and answer are tokenized apart, as at run
-time. Examples are kept in a memory-mapped Arrow file, so their number is not limited by memory. Not here: batches, models.
+Rows are split before they are packed, so that what is held out is the same rows whatever the strategy. Examples are kept in a
+memory-mapped Arrow file, so their number is not limited by memory. Not here: how one row is encoded (`encoding.py`), batches, models.
 """
 
 from __future__ import annotations
@@ -13,138 +11,40 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from phinetune.artifact import disk_errors
-from phinetune.data.messages import Conversation, DataConfig, Message, read_conversations
-from phinetune.data.records import data_file, read_records
+from phinetune.data.blocks import make_blocks
+from phinetune.data.encoding import (
+    MASKED,
+    ChatEncoder,
+    Example,
+    encode_conversation,
+    encode_raw,
+    first_learned,
+    learn_all,
+)
+from phinetune.data.ledger import Ledger
+from phinetune.data.messages import Conversation, DataConfig, read_conversations
+from phinetune.data.sources import chosen_rows, data_source
 from phinetune.errors import DataError, ModelError
 from phinetune.events import Note, OnEvent, Progress, log_event
 
-MASKED = -100
-"""Label of a token that is not learned."""
-
-
-class ChatEncoder(Protocol):
-    """What the data layer needs of a tokenizer with its prompt contract."""
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]: ...
-    @property
-    def max_length(self) -> int: ...
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str: ...
-    def tokenize(self, text: str) -> list[int]: ...
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids, their labels (-100 where masked), and what evaluation needs: where the last answer starts, and its text."""
-
-    input_ids: list[int]
-    labels: list[int]
-    prompt_length: int
-    completion: str
-    place: str
-
-
-@dataclass
-class Ledger:
-    """What became of every row: nothing is dropped in silence."""
-
-    rows: int = 0
-    used: int = 0
-    train: int = 0
-    test: int = 0
-    too_long: int = 0
-    too_long_places: list[str] = field(default_factory=list)
-    duplicates: int = 0
-    contradictions: int = 0
-    split_at_border: int = 0
-    last_turn_only: int = 0
-    cut_at_stop_token: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-
-    def lines(self) -> list[str]:
-        """The ledger for people: one line, and one more for each thing that deserves a look."""
-        lines = [
-            f"data: {self.rows} rows, {self.train} to train on, {self.test} held out; {self.supervised_tokens} of {self.tokens} tokens are learned"
-        ]
-        if self.too_long:
-            lines.append(
-                f"data: {self.too_long} rows are longer than max_length and left out: {', '.join(self.too_long_places)}{' ...' if self.too_long > 5 else ''}"
-            )
-        if self.duplicates:
-            lines.append(
-                f"data: {self.duplicates} rows repeat an earlier row (prompt and answer); all are kept, on the same side of the split"
-            )
-        if self.contradictions:
-            lines.append(f"data: {self.contradictions} prompts come with different answers")
-        if self.last_turn_only:
-            lines.append(
-                f"data: in {self.last_turn_only} conversations only the last answer is learned: the chat template rewrites earlier turns"
-            )
-        if self.cut_at_stop_token:
-            lines.append(
-                f"data: {self.cut_at_stop_token} answers hold a stop token of the model in their text and are learned up to it"
-            )
-        return lines
-
-
-def encode_conversation(conversation: Conversation, encoder: ChatEncoder) -> tuple[Example, bool, bool]:
-    """The example of one conversation; whether a border had to be split; whether only its last answer could be learned."""
-    messages = conversation.messages
-    text = encoder.render(messages, add_generation_prompt=False)
-    ids = encoder.tokenize(text)
-    spans: list[tuple[int, int]] = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            span = _answer_span(messages, index, text, ids, encoder)
-            if span is None or (spans and span[0] < spans[-1][1]):  # an answer that no stop token closes
-                break
-            spans.append(span)
-    else:
-        end = spans[-1][1]
-        labels = [MASKED] * end
-        for start, stop in spans:
-            labels[start:stop] = ids[start:stop]
-        return Example(ids[:end], labels, spans[-1][0], messages[-1]["content"], conversation.place), False, False
-    # The tokenizer joined text across a border, or the template is not a prefix of itself: prompt and last answer apart.
-    prompt = encoder.render(messages[:-1], add_generation_prompt=True)
-    answer = (text[len(prompt) :] if text.startswith(prompt) else "") or messages[-1]["content"]
-    prompt_ids, answer_ids = encoder.tokenize(prompt), encoder.tokenize(answer)
-    answer_ids = answer_ids[: _stop_end(answer_ids, 0, encoder)]
-    if answer_ids[-1] not in encoder.stop_ids:
-        answer_ids = [*answer_ids, encoder.stop_ids[0]]
-    several = sum(m["role"] == "assistant" for m in messages) > 1
-    labels = [MASKED] * len(prompt_ids) + answer_ids
-    return (
-        Example(prompt_ids + answer_ids, labels, len(prompt_ids), messages[-1]["content"], conversation.place),
-        True,
-        several,
-    )
-
-
-def _answer_span(
-    messages: Sequence[Message], index: int, text: str, ids: list[int], encoder: ChatEncoder
-) -> tuple[int, int] | None:
-    """[start, stop) of answer `index` in `ids`, its stop token included; None if `ids` does not begin with the ids of its prompt."""
-    prompt = encoder.render(messages[:index], add_generation_prompt=True)
-    if not text.startswith(prompt):
-        return None
-    prompt_ids = encoder.tokenize(prompt)
-    start = len(prompt_ids)
-    if ids[:start] != prompt_ids or start >= len(ids):
-        return None
-    stop = _stop_end(ids, start, encoder)
-    return (start, stop) if ids[stop - 1] in encoder.stop_ids else None
-
-
-def _stop_end(ids: list[int], start: int, encoder: ChatEncoder) -> int:
-    """One past the first stop token at or after `start`, or the length of `ids`."""
-    return next((i + 1 for i in range(start, len(ids)) if ids[i] in encoder.stop_ids), len(ids))
+__all__ = [
+    "MASKED",
+    "ChatEncoder",
+    "Example",
+    "Examples",
+    "Ledger",
+    "encode_conversation",
+    "first_learned",
+    "load_examples",
+    "split_indices",
+    "training_prompts",
+    "write_examples",
+]
 
 
 class Examples(Sequence[dict[str, Any]]):
@@ -171,6 +71,12 @@ class Examples(Sequence[dict[str, Any]]):
         """Tokens of each example."""
         return list(self.table["length"])
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that attends to itself: of the longest example, or segment of a packed one."""
+        parts = zip(self.table["segments"], self.table["length"], strict=True)
+        return max((max(segments, default=length) for segments, length in parts), default=0)
+
 
 def write_examples(examples: Iterable[Example]) -> Examples:
     """`examples` in a temporary Arrow file, memory-mapped."""
@@ -185,6 +91,7 @@ def write_examples(examples: Iterable[Example]) -> Examples:
         "prompt_length": Value("int32"),
         "completion": Value("string"),
         "place": Value("string"),
+        "segments": ids,
     }
     file = Path(folder.name) / "examples.arrow"
     writer = ArrowWriter(path=str(file), features=Features({**columns, "length": Value("int32")}))
@@ -196,64 +103,172 @@ def write_examples(examples: Iterable[Example]) -> Examples:
 
 
 def load_examples(
-    config: DataConfig, encoder: ChatEncoder, on_event: OnEvent = log_event
+    config: DataConfig, encoder: ChatEncoder, on_event: OnEvent = log_event, as_rows: bool = False
 ) -> tuple[Examples, Examples, Ledger]:
-    """(train, test, ledger) of the file that `config` names.
+    """(train, test, ledger) of the rows that `config` names: blocks or windows where its strategy makes such.
 
-    Raises DataError for a file that cannot be read, faulty rows, or when nothing is left to learn from.
+    as_rows: every row an example of its own, for scoring answers; the same rows are held out. Raises DataError for data that cannot be
+    read, faulty rows, or when nothing is left to learn from.
     """
-    ledger = Ledger()
-    groups: list[bytes] = []
+    ledger, keys = Ledger(selection=_selection(config)), list[bytes]()
+    if config.max_length and config.max_length > encoder.max_length:
+        on_event(Note(f"data: max_length is {encoder.max_length}, the model's context, not {config.max_length}"))
     limit = min(config.max_length or encoder.max_length, encoder.max_length)
-    examples = write_examples(_encode_all(config, encoder, limit, ledger, groups, on_event))
+    joiner = encoder.tokenize(config.joiner) if config.joiner else []
+    reading = _Reading(config, encoder, limit, joiner, as_rows, ledger, keys)
+    examples = write_examples(reading.examples(on_event))
     ledger.used = len(examples)
     if not ledger.used:
-        raise DataError(
-            f"{config.path}: all {ledger.rows} rows are longer than max_length ({limit} tokens)",
-            "raise data.max_length, or shorten the rows",
-        )
-    train, test = split_indices(groups, config.test_fraction, config.seed)
-    ledger.train, ledger.test = len(train), len(test)
-    if not test and config.test_fraction > 0:
+        raise _nothing_left(config, ledger, limit)
+    sides = split_indices(keys, config.test_fraction, config.seed)
+    ledger.train, ledger.test = (len(side) for side in sides)
+    if not sides[1] and config.test_fraction > 0:
         on_event(Note("data: nothing is held out, all rows have the same prompt", warning=True))
-    return examples.subset(train), examples.subset(test), ledger
+    train, test = (examples.subset(side) for side in sides)
+    if as_rows:
+        train, test = (_askable(side, encoder.max_length, on_event) for side in (train, test))
+    elif config.strategy != "rows":
+        train, test = reading.packed(train), reading.packed(test)
+        _count_blocks(config, limit, ledger, train, test)
+    if not len(train) and not as_rows:
+        raise DataError(
+            f"{config.path}: nothing in it is learned: no block holds a token to learn", "raise data.max_length"
+        )
+    return train, test, ledger
 
 
-def _encode_all(
-    config: DataConfig, encoder: ChatEncoder, limit: int, ledger: Ledger, groups: list[bytes], on_event: OnEvent
-) -> Iterator[Example]:
-    """Every example that is not too long; `ledger` counts, and `groups` gets the key of each one's first prompt."""
-    answers: dict[bytes, set[bytes]] = {}
-    for conversation in read_conversations(read_records(data_file(config.path)), config):
-        ledger.rows += 1
-        if ledger.rows % 500 == 0:
-            on_event(Progress("reading data", ledger.rows))
-        try:
-            example, split, last_only = encode_conversation(conversation, encoder)
-        except ModelError as error:
-            raise DataError(f"{conversation.place}: {error.problems[0]}", error.hint) from None
-        ledger.split_at_border += split
-        ledger.last_turn_only += last_only
-        if len(example.input_ids) > limit:
-            ledger.too_long += 1
-            ledger.too_long_places += [example.place] if ledger.too_long <= 5 else []
-            continue
-        groups.append(_digest(example.input_ids[: first_learned(example.labels)]))
-        prompt, answer = _digest(example.input_ids[: example.prompt_length]), _digest(example.completion)
-        known = answers.setdefault(prompt, set())
-        ledger.duplicates += answer in known
-        ledger.contradictions += answer not in known and len(known) == 1
-        known.add(answer)
-        ledger.tokens += len(example.input_ids)
-        ledger.supervised_tokens += sum(label != MASKED for label in example.labels)
-        content = encoder.tokenize(conversation.messages[-1]["content"])
-        ledger.cut_at_stop_token += any(token in encoder.stop_ids for token in content)
-        yield example
+def _selection(config: DataConfig) -> str:
+    parts = [f"rows {config.rows}"] if config.rows is not None else []
+    drawn = f", drawn with seed {config.draw}" if config.draw is not None else ""
+    return ", ".join(parts + ([f"at most {config.max_rows} rows{drawn}"] if config.max_rows is not None else []))
 
 
-def first_learned(labels: Sequence[int]) -> int:
-    """Index of the first label that is not masked, or the length of `labels`."""
-    return next((i for i, label in enumerate(labels) if label != MASKED), len(labels))
+def _nothing_left(config: DataConfig, ledger: Ledger, limit: int) -> DataError:
+    if ledger.empty == ledger.rows:
+        return DataError(
+            f"{config.path}: in all {ledger.rows} rows the fields of data.text are blank", "check data.text"
+        )
+    what = f"all {ledger.rows} rows are" if not ledger.empty else f"the {ledger.too_long} rows that are not blank are"
+    return DataError(
+        f"{config.path}: {what} longer than max_length ({limit} tokens)", "raise data.max_length, or shorten the rows"
+    )
+
+
+def _askable(examples: Examples, context: int, on_event: OnEvent) -> Examples:
+    """The rows whose prompt leaves room in the model's context; a training that splits rows takes longer ones, too."""
+    fits = [i for i, length in enumerate(examples.table["prompt_length"]) if length < context]
+    if left_out := len(examples) - len(fits):
+        on_event(Note(f"data: {left_out} rows are not scored: their prompt fills the model's context", warning=True))
+    return examples.subset(fits) if left_out else examples
+
+
+def _count_blocks(config: DataConfig, limit: int, ledger: Ledger, train: Examples, test: Examples) -> None:
+    ledger.blocks, ledger.held_out_blocks = len(train), len(test)
+    ledger.last_block = train.lengths[-1] if len(train) else 0
+    ledger.layout = {
+        "join": f"blocks of at most {limit} tokens, in which each row sees itself only",
+        "sliding-window": f"windows of {limit} tokens every {config.stride} tokens of one stream",
+    }[config.strategy]
+    if config.attend_across:
+        ledger.layout = f"blocks of {limit} tokens of one stream, in which rows see those before them"
+    ledger.tokens = sum(train.lengths) + sum(test.lengths)
+    ledger.supervised_tokens = sum(
+        label != MASKED for side in (train, test) for labels in side.table["labels"] for label in labels
+    )
+
+
+def training_prompts(config: DataConfig, encoder: ChatEncoder, file: Path) -> Iterator[str]:
+    """The prompt of each row of `file` as the model got it, ready for the tokenizer; of texts without a prompt, their beginning."""
+    for conversation in read_conversations(chosen_rows(config, file), config):
+        if config.chat:
+            yield encoder.render(conversation.messages[:-1], add_generation_prompt=True)
+        elif conversation.messages:
+            prompt, completion = (message["content"] for message in conversation.messages)
+            yield prompt if prompt.strip() else (prompt + completion)[:_PROBED]
+
+
+_PROBED = 1000  # characters of a text
+
+
+@dataclass
+class _Reading:
+    """Rows to examples, with what becomes of each counted in `ledger`, and in `keys` what must not come on both sides of the split."""
+
+    config: DataConfig
+    encoder: ChatEncoder
+    limit: int
+    joiner: list[int]
+    as_rows: bool
+    ledger: Ledger
+    keys: list[bytes]
+
+    def examples(self, on_event: OnEvent) -> Iterator[Example]:
+        """The example of every row that is used."""
+        ledger, answers = self.ledger, dict[bytes, set[bytes]]()
+        file = data_source(self.config, on_event)
+        for conversation in read_conversations(chosen_rows(self.config, file), self.config):
+            ledger.rows += 1
+            if ledger.rows % 500 == 0:
+                on_event(Progress("reading data", ledger.rows))
+            if not conversation.messages:
+                ledger.empty += 1
+                continue
+            try:
+                encoded, known = self.encode(conversation)
+            except ModelError as error:
+                raise DataError(f"{conversation.place}: {error.problems[0]}", error.hint) from None
+            example = self.fitted(encoded)
+            if example is None:
+                ledger.too_long += 1
+                ledger.too_long_places += [encoded.place] if ledger.too_long <= 5 else []
+                continue
+            # of a text without a prompt, the text itself is what must not come on both sides
+            self.keys.append(_digest(encoded.input_ids[:known] if known else encoded.input_ids))
+            if example.prompt_length:
+                prompt, answer = _digest(encoded.input_ids[: example.prompt_length]), _digest(example.completion)
+            else:
+                prompt = answer = self.keys[-1]
+            seen = answers.setdefault(prompt, set())
+            ledger.duplicates += answer in seen
+            ledger.contradictions += answer not in seen and len(seen) == 1
+            seen.add(answer)
+            ledger.tokens += len(example.input_ids)
+            ledger.supervised_tokens += sum(label != MASKED for label in example.labels)
+            if self.config.text is None:
+                content = self.encoder.tokenize(conversation.messages[-1]["content"])
+                ledger.cut_at_stop_token += any(token in self.encoder.stop_ids for token in content)
+            yield example
+
+    def encode(self, conversation: Conversation) -> tuple[Example, int]:
+        """(the whole row's example, the tokens of its first prompt)."""
+        if self.config.chat:
+            example, split, last_only = encode_conversation(conversation, self.encoder)
+            self.ledger.last_turn_only += last_only
+            known = first_learned(example.labels)
+        else:
+            example, split = encode_raw(conversation, self.encoder, whole=self.config.text is not None)
+            known = example.prompt_length
+        self.ledger.split_at_border += split
+        return (learn_all(example) if self.config.learn_prompt else example), known
+
+    def fitted(self, example: Example) -> Example | None:
+        """`example` if it fits or will be split, cut if that was asked for, else None. A piece of an answer is never learned alone."""
+        room = self.limit - len(self.joiner) * (self.config.strategy == "join")
+        over = len(example.input_ids) - room
+        stream = self.config.strategy == "sliding-window" or self.config.attend_across
+        if over <= 0 or stream or (self.config.strategy == "join" and self.config.learn_prompt):
+            return example
+        if self.config.too_long == "drop" or not any(label != MASKED for label in example.labels[:room]):
+            return None
+        if self.as_rows:  # what is asked for is the answer, which must be whole to be compared
+            return example
+        self.ledger.cut += 1
+        self.ledger.cut_tokens += over
+        return replace(example, input_ids=example.input_ids[:room], labels=example.labels[:room])
+
+    def packed(self, rows: Examples) -> Examples:
+        """`rows` as blocks or windows."""
+        return write_examples(make_blocks(rows, self.config, self.limit, self.joiner, self.ledger))
 
 
 def _digest(value: object) -> bytes:

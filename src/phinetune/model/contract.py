@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from phinetune.artifact import write_json
-from phinetune.errors import ModelError
+from phinetune.errors import ConfigError, ModelError
 
 CONTRACT_FILE = "prompt_contract.json"
 
@@ -77,6 +77,34 @@ class PromptContract:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
+    def raw_ids(self, text: str) -> list[int]:
+        """Ids of a text without a template, begun as the tokenizer begins every text by itself: with BOS, or with nothing."""
+        ids = self.tokenize(text)
+        begin = [self.bos_token_id] if self.bos_token_id is not None and _adds_bos(self.tokenizer) else []
+        return ids if ids[:1] == begin else [*begin, *ids]
+
+    def with_chat_template(self, template: str | None) -> PromptContract:
+        """This contract with another template, its turn end first among the stop ids; itself for None or the same one.
+
+        Raises ConfigError if `template` is not Jinja, fails on a plain conversation, or leaves its messages out.
+        """
+        if template is None or template == self.chat_template:
+            return self
+        bare = replace(self, chat_template=template, probes=())
+        try:
+            shown = bare.render([{"role": "user", "content": "qwx"}, {"role": "assistant", "content": "yes"}], False)
+            found = replace(bare, stop_ids=tuple(dict.fromkeys([*_turn_end(bare), *self.stop_ids])))
+            made = replace(found, probes=_probes(found))
+        except Exception as error:  # a template can fail in any way that Python can
+            cause = error.__cause__ or error.__context__ or error
+            raise ConfigError(
+                f"data.chat_template: fails on a plain conversation: {_first_line(cause)}",
+                "give a Jinja template over messages, add_generation_prompt, bos_token and eos_token",
+            ) from error
+        if "qwx" not in shown or "yes" not in shown:
+            raise ConfigError("data.chat_template: leaves out what the messages say", "write message['content']")
+        return made
+
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Ids of the prompt whose answer comes next."""
         return self.tokenize(self.render(messages, add_generation_prompt=True))
@@ -117,8 +145,7 @@ class PromptContract:
 
 def make_contract(tokenizer: Any, config: Any, generation_config: Any = None) -> PromptContract:
     """The contract of a base model, from its tokenizer, config and generation config. Raises ModelError if no token can end an answer."""
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-    template = tokenizer.chat_template or ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
+    template = tokenizer.chat_template or ("{{ bos_token }}" if _adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
     if isinstance(template, dict):
         template = template.get("default") or next(iter(template.values()))
     named = [
@@ -136,6 +163,11 @@ def make_contract(tokenizer: Any, config: Any, generation_config: Any = None) ->
     context = getattr(config, "max_position_embeddings", None) or 1 << 20
     contract = PromptContract(tokenizer, template, tokenizer.bos_token_id, int(pad), stop_ids, int(context))
     return PromptContract(**{**vars(contract), "probes": _probes(contract)})
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """True if the tokenizer begins every text with BOS by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _ids(value: Any) -> list[int]:
@@ -172,7 +204,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

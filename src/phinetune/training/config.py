@@ -58,10 +58,10 @@ _DROPPED = {
 _ELSEWHERE = {
     "max_seq_length": "data.max_length",
     "max_length": "data.max_length",
-    "dataset_text_field": "data.prompt and data.completion",
-    "completion_only_loss": "nothing: only answers are learned",
-    "assistant_only_loss": "nothing: only answers are learned",
-    "packing": "training.layout",
+    "dataset_text_field": 'data.text, such as "{text}"',
+    "completion_only_loss": "data.learn_prompt; only answers are learned without it",
+    "assistant_only_loss": "data.learn_prompt; only answers are learned without it",
+    "packing": "data.strategy (join), or training_config.layout",
 }
 OWN_KEYS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "layout")
 """Keys of training_config that finetune itself takes."""

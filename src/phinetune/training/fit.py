@@ -45,7 +45,7 @@ def fit(
             f"{arguments.n_gpu} GPUs in one process",
             "start with torchrun or accelerate launch, or choose one with CUDA_VISIBLE_DEVICES",
         )
-    columns = ["input_ids", "labels", "length"]
+    columns = ["input_ids", "labels", "length", "segments"]
     try:
         trainer = AdapterTrainer(
             model=model,

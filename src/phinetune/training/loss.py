@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phinetune.data.examples import MASKED
+from phinetune.data.encoding import MASKED
 from phinetune.errors import TrainingError
 
 

@@ -32,7 +32,7 @@ from phinetune.evaluation.score import Score, answer_limit
 from phinetune.events import Event, OnEvent, log_event
 from phinetune.generation.load import find, find_contract, find_manifest, load_generator
 from phinetune.quiet import working
-from phinetune.workflow.held_out import Part, Split, choose_examples
+from phinetune.workflow.held_out import Part, Split, choose_examples, with_chat_template
 
 _MEMORY_PROMPTS = 3  # the longest ones: they need most
 
@@ -112,10 +112,16 @@ def examine(
         contract = find_contract(model, model_kwargs, base_model, _nobody)  # the loading says the same
         part = choose_examples(data, split, find_manifest(model, folder), contract, max_examples, on_event)
         place = f"{part.config.path}, {part.split} part"
+        if needs & {"answers", "clock"} and part.config.templates and not part.config.templates[0].strip():
+            raise ConfigError(
+                f"data.text: {part.config.text!r} has no prompt before its last field: there is nothing to answer",
+                "ask for loss or perplexity of such texts",
+            )
         loading = bool(needs - {"files", "process"})
         if loading:
             with working(on_event):
                 generator = load_generator(model, model_kwargs, None, base_model, on_event)
+            generator = with_chat_template(generator, part.config, on_event)
             evidence, scored = gather(generator, part.examples, names, kind, effort, place, on_event)
             del generator
         if "process" in needs:

@@ -40,7 +40,11 @@ def _assess(workflow: Workflow, model: str, key: str, what: str, on_event: OnEve
         return {}
     evaluation = default_evaluation(workflow.config)
     data, name, split = _data(workflow)
-    how = {k: v for k, v in asdict(evaluation).items() if k not in ("metrics", "data", "split", "input_model", "every_pass")}
+    how = {
+        k: v
+        for k, v in asdict(evaluation).items()
+        if k not in ("metrics", "data", "split", "input_model", "every_pass")
+    }
     table = measurements()
     machine = processor_name() if any(table[n].needs in ("clock", "process") for n in metrics) else ""
     key = content_key("assess", 1, key, sorted(metrics), workflow.digests.get(name, ""), split, how, machine)

@@ -197,9 +197,7 @@ def parse_workflow(values: dict[str, Any], folder: Path | None = None) -> tuple[
     Checked here: keys, types, references between the parts. Checked by the plan: what a pass says of its own keys, files, order.
     """
     values = {key: value for key, value in values.items() if key != "$schema"}
-    problems: list[str] = [
-        f"{key}: unknown key{did_you_mean(key, KEYS)}" for key in values if key not in KEYS
-    ]
+    problems: list[str] = [f"{key}: unknown key{did_you_mean(key, KEYS)}" for key in values if key not in KEYS]
     values = {key: value for key, value in values.items() if key in KEYS}
     if "model" in values and isinstance(values["model"], str):
         values["model"] = {"path": values["model"]}
@@ -277,7 +275,9 @@ def _entries(given: Any, folder: Path | None, problems: list[str]) -> list[PassE
                 continue
             for key, kind in (("type", str), ("host", str), ("evaluate", bool), ("user_script", str)):
                 if one.get(key) is not None and not isinstance(one[key], kind):
-                    problems.append(f"{path}.{key}: must be {'a name' if kind is str else 'true or false'} (found: {one[key]!r})")
+                    problems.append(
+                        f"{path}.{key}: must be {'a name' if kind is str else 'true or false'} (found: {one[key]!r})"
+                    )
             own = {key: v for key, v in one.items() if key not in RESERVED}
             script = one.get("user_script")
             script = from_folder(script, folder) if isinstance(script, str) and folder is not None else script

@@ -31,8 +31,8 @@ def evaluate(
 ) -> StageResult:
     """Score `model` (a folder that finetune, merge or export wrote, a base model's folder, a hub id, an embedded name) on `data`.
 
-    split: the held-out examples (those the training of the same file and seed did not see), the trained ones, or all; by default the
-    held-out ones of the file that the model was trained on, and all of any other file given for a trained model.
+    split: the held-out examples (those the training of the same file and seed did not see, or all of its eval_data), the trained ones,
+    or all; by default the held-out ones of what the model was trained on, and all of any other file given for a trained model.
     output: where to write the result as JSON. max_new_tokens defaults to half as much again as the longest reference.
     base_model: for an adapter, another place of its base model. metrics: further names, such as perplexity or latency_p50 (see
     `assess`), whose values are the result's `metrics`; exact match is always scored. Raises a PhinetuneError for what the user can mend.

@@ -10,8 +10,9 @@ from typing import Any
 
 from phinetune.artifact import StageFolder, building, check_output, content_key, file_hash, is_finished, read_manifest
 from phinetune.config import parse
-from phinetune.data.messages import parse_data_config, read_conversations
-from phinetune.data.records import data_file, read_records
+from phinetune.data.examples import training_prompts
+from phinetune.data.messages import parse_data_config
+from phinetune.data.sources import data_source
 from phinetune.errors import DataError, ExportError
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.exporting.build import build_onnx, check_builder
@@ -135,13 +136,12 @@ def training_probes(made_from: dict[str, Any], contract: PromptContract) -> list
         return []
     config = parse_data_config(data)
     try:
-        file = data_file(config.path)
+        file = data_source(config, fetch=False)
     except DataError:
         return []
     if file_hash(file) != sha256:
         return []
-    conversations = itertools.islice(read_conversations(read_records(file), config), _TRAINING_PROMPTS)
-    texts = [contract.render(c.messages[:-1], add_generation_prompt=True) for c in conversations]
+    texts = itertools.islice(training_prompts(config, contract, file), _TRAINING_PROMPTS)
     return [Probe(text, tuple(contract.tokenize(text))) for text in texts]
 
 

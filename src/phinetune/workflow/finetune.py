@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from phinetune.artifact import (
     read_manifest,
 )
 from phinetune.data.batches import Collator
-from phinetune.data.examples import load_examples
+from phinetune.data.examples import Examples, load_examples
+from phinetune.data.inheritance import inherit
 from phinetune.data.messages import DataConfig, parse_data_config
-from phinetune.data.records import data_file
+from phinetune.data.sources import data_source
 from phinetune.errors import ConfigError, TrainingError
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.lora.config import LoraConfig, parse_lora_config
@@ -45,6 +46,7 @@ class _Request:
     """What was asked for, read and checked."""
 
     data: DataConfig
+    eval_data: DataConfig | None
     lora: LoraConfig
     training: TrainingPlan
     model_kwargs: dict[str, Any]
@@ -60,21 +62,25 @@ def finetune(
     model_kwargs: dict[str, Any] | None = None,
     output_dir: str | Path | None = None,
     overwrite: bool = False,
+    eval_data: str | dict[str, Any] | DataConfig | None = None,
     on_event: OnEvent = log_event,
 ) -> StageFolder:
     """Train a LoRA adapter for `model` on `data`, in `output_dir`.
 
     model: a folder, a hub id, or an embedded model's name. data: a file, a bundled set's name, or the fields of `DataConfig`.
     training_config, peft_config, model_kwargs: the names of `transformers.TrainingArguments`, PEFT's `LoraConfig` and
-    `from_pretrained`. output_dir defaults to training_config["output_dir"].
+    `from_pretrained`. output_dir defaults to training_config["output_dir"]. eval_data: a file whose rows are held out, all of them,
+    instead of a part of `data`; what it does not say is as in `data`.
 
     Raises a PhinetuneError for whatever the user can mend, before training begins where it can be known before.
     """
-    asked = _read(data, training_config, peft_config, model_kwargs, output_dir, overwrite, on_event)
-    folder, data_path = asked.folder, data_file(asked.data.path)
+    asked = _read(data, eval_data, training_config, peft_config, model_kwargs, output_dir, overwrite, on_event)
+    folder, data_path = asked.folder, data_source(asked.data, on_event)
     base = resolve_model(model, asked.model_kwargs, on_event)
     name = str(base.resolve()) if Path(model).expanduser().is_dir() else model
     contents = {"base_key": base_key(base), "data_sha256": file_hash(data_path)}
+    if asked.eval_data is not None:
+        contents["eval_data_sha256"] = file_hash(data_source(asked.eval_data, on_event))
     key = _key(asked, contents)
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first one writes
         check_output(folder, "adapter", key, asked.overwrite, needed_bytes=64 << 20)
@@ -85,10 +91,9 @@ def finetune(
     first_plan = plan_load(base, asked.model_kwargs, on_event=lambda event: None)
     _check_start(asked.lora, first_plan)  # its problems, too, come before the data's long reading
     contract = load_base_contract(base, bool(asked.model_kwargs.get("trust_remote_code", False)))
-    train, test, ledger = load_examples(asked.data, contract, on_event)
-    for line in ledger.lines():
-        on_event(Note(line))
-    load_plan = plan_load(base, asked.model_kwargs, max(train.lengths), on_event)
+    contract = contract.with_chat_template(asked.data.chat_template)
+    train, test, ledgers = _examples(asked, contract, on_event)
+    load_plan = plan_load(base, asked.model_kwargs, train.longest, on_event)
     width = read_model_config(base, load_plan.trust_remote_code).get_text_config().hidden_size
     values = fit_to_machine(asked.training.values, load_plan.device, on_event)
     arguments = training_arguments(
@@ -100,14 +105,14 @@ def finetune(
         partial_folder(folder),
         on_event,
     )
-    record = {"stage": "finetune", "base_model": name, **contents, "ledger": asdict(ledger), **_settings(asked)}
+    record = {"stage": "finetune", "base_model": name, **contents, **ledgers, **_settings(asked)}
     record["config_overrides"] = {k: v for k, v in load_plan.config_overrides.items() if k != "use_cache"}
     with _one_writer(arguments, folder, key, record) as partial:
         from phinetune.training.fit import fit
         from phinetune.training.layout import choose_layout
 
         session = _Session(base, name, contents["base_key"], load_plan, asked.lora, arguments.seed, on_event)
-        layout = choose_layout(session.model, asked.training.layout, max(train.lengths), on_event)
+        layout = choose_layout(session.model, asked.training.layout, train.longest, on_event)
         collator, resume = Collator(contract.pad_token_id, width, layout), asked.training.resume_from_checkpoint
         wanted = test if asked.training.values.get("do_eval") is not False else test.subset([])
         groups = session.parameter_groups if asked.lora.loraplus_lr_ratio else None
@@ -120,6 +125,30 @@ def finetune(
         record |= {"figures": figures, **session.facts(contract), "seed": arguments.seed}
     on_event(Note(f"adapter: written to {folder}"))
     return StageFolder(folder, read_manifest(folder))
+
+
+def _examples(
+    asked: _Request, contract: PromptContract, on_event: OnEvent
+) -> tuple[Examples, Examples, dict[str, Any]]:
+    """(train, held out, ledgers for the manifest); what became of the rows is said."""
+    train, test, ledger = load_examples(asked.data, contract, on_event)
+    for line in ledger.lines():
+        on_event(Note(line))
+    ledgers = {"ledger": asdict(ledger)}
+    if asked.eval_data is not None:
+        if ledger.test:
+            on_event(Note(f"data: the {ledger.test} held-out rows are not trained on; the loss is that of eval_data"))
+        test, _, ledger = load_examples(asked.eval_data, contract, on_event)
+        for line in ledger.lines():
+            on_event(
+                Note(
+                    line.replace("data:", "eval_data:", 1)
+                    .replace("to train on", "held out")
+                    .replace(", 0 held out", "")
+                )
+            )
+        ledgers["eval_ledger"] = asdict(ledger)
+    return train, test, ledgers
 
 
 @contextlib.contextmanager
@@ -141,7 +170,14 @@ def _one_writer(arguments: Any, folder: Path, key: str, record: dict[str, Any]) 
 
 
 def _read(
-    data: Any, training: Any, peft: Any, model_kwargs: Any, output_dir: Any, overwrite: bool, on_event: OnEvent
+    data: Any,
+    eval_data: Any,
+    training: Any,
+    peft: Any,
+    model_kwargs: Any,
+    output_dir: Any,
+    overwrite: bool,
+    on_event: OnEvent,
 ) -> _Request:
     """Every config read and checked, all their problems in one ConfigError."""
     problems: list[str] = []
@@ -153,7 +189,10 @@ def _read(
             problems.extend(error.problems)
             return None
 
-    data_config: DataConfig = collect(lambda: parse_data_config(data))
+    data_config: DataConfig = collect(lambda: _data_config(data, eval_data))
+    eval_config = (
+        collect(lambda: _eval_config(eval_data, data_config)) if eval_data is not None and data_config else None
+    )
     lora: LoraConfig = collect(lambda: parse_lora_config(peft))
     plan: TrainingPlan = collect(lambda: read_training_config(training, on_event))
     chosen = output_dir or (plan.output_dir if plan else None)
@@ -168,15 +207,40 @@ def _read(
         kwargs["dtype"] = plan.wanted_dtype
     if plan.values.get("use_cpu"):
         kwargs.setdefault("device_map", "cpu")
-    return _Request(data_config, lora, plan, kwargs, Path(str(chosen)).expanduser(), overwrite or plan.overwrite)
+    return _Request(
+        data_config, eval_config, lora, plan, kwargs, Path(str(chosen)).expanduser(), overwrite or plan.overwrite
+    )
+
+
+def _data_config(data: Any, eval_data: Any) -> DataConfig:
+    """The config of what is trained on; with `eval_data`, nothing of it is held out unless test_fraction is given."""
+    if eval_data is not None and isinstance(data, str | Path | dict):
+        data = {"test_fraction": 0.0, **(data if isinstance(data, dict) else {"path": str(data)})}
+    config = parse_data_config(data)
+    by_default = isinstance(data, DataConfig) and data.test_fraction == DataConfig("-").test_fraction
+    return replace(config, test_fraction=0.0) if eval_data is not None and by_default else config
+
+
+def _eval_config(eval_data: Any, data: DataConfig) -> DataConfig:
+    """The config of the held-out rows: all that `eval_data` names; what it does not say is as in `data`."""
+    if isinstance(eval_data, str | Path):
+        eval_data = {"path": str(eval_data)}
+    if isinstance(eval_data, dict):
+        values = {"path": data.path, **eval_data}
+        eval_data = {**inherit(values, asdict(data), same_file=values["path"] == data.path), **values}
+    config = parse_data_config(eval_data, "eval_data")
+    if config.chat_template not in (None, data.chat_template):
+        raise ConfigError("eval_data.chat_template: must be that of data: a model has one", "leave it out")
+    return replace(config, test_fraction=0.0)
 
 
 def _key(asked: _Request, contents: dict[str, str]) -> str:
     """What decides the adapter's bytes: the base's and the data's content, and every setting but the data file's name."""
     plan = asked.training
     kwargs = {k: v for k, v in asked.model_kwargs.items() if k not in _SECRET}
+    evaluated = [asdict(asked.eval_data) | {"path": ""}] if asked.eval_data is not None else []
     return content_key(
-        contents, asdict(asked.data) | {"path": ""}, asdict(asked.lora), plan.values, plan.layout, kwargs
+        contents, asdict(asked.data) | {"path": ""}, asdict(asked.lora), plan.values, plan.layout, kwargs, *evaluated
     )
 
 
@@ -186,6 +250,7 @@ def _settings(asked: _Request) -> dict[str, Any]:
     training = {k: v for k, v in asked.training.values.items() if k not in _SECRET}
     return {
         "data": asdict(asked.data),
+        **({"eval_data": asdict(asked.eval_data)} if asked.eval_data is not None else {}),
         "training_config": training,
         "peft_config": asdict(asked.lora),
         "model_kwargs": kwargs,

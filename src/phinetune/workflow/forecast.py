@@ -17,7 +17,11 @@ from phinetune.workflow.plan import Step, Workflow, missing_model
 from phinetune.workflow.run import chosen_steps
 from phinetune.workflow.spaces import Space
 
-_WEIGHTS = {"hf": 1.3, "adapter": 2.0, "onnx": 4.5}  # times the base's bytes: merge streams, training holds base + state, the builder float32 copies
+_WEIGHTS = {
+    "hf": 1.3,
+    "adapter": 2.0,
+    "onnx": 4.5,
+}  # times the base's bytes: merge streams, training holds base + state, the builder float32 copies
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,19 @@ def forecast(workflow: Workflow, only: str | None = None, until: str | None = No
             )
         )  # fmt: skip
         kind = step.pass_.gives
-    lines = [f"input: {workflow.source.name}" + (", to be fetched from the hub" if missing_model(workflow.config) else "")]
+    lines = [
+        f"input: {workflow.source.name}" + (", to be fetched from the hub" if missing_model(workflow.config) else "")
+    ]
     lines += [f"space: {_text(space)}" for space in workflow.spaces]
     search = workflow.config.search
     if search and workflow.spaces:
-        count = f"{search.trials} trials" if search.trials else "every combination" if search.sampler == "exhaustive" else "20 trials"
+        count = (
+            f"{search.trials} trials"
+            if search.trials
+            else "every combination"
+            if search.sampler == "exhaustive"
+            else "20 trials"
+        )
         lines.append(f"search: {search.sampler}, {count}{f', {search.minutes:g} minutes' if search.minutes else ''}")
     lines += [f"constraint: {c.text}" for c in workflow.goals.constraints]
     lines += [f"objective: {o.text}" for o in workflow.goals.objectives]
@@ -99,4 +111,3 @@ def _text(space: Space) -> str:
         return f"{space.path}: {', '.join(map(str, space.choices))}"
     how = " (log)" if space.log else f" in steps of {space.step:g}" if space.step else ""
     return f"{space.path}: {space.low:g} to {space.high:g}{how}"
-

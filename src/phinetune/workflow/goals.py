@@ -108,7 +108,9 @@ def parse_goals(constraints: Sequence[str], objectives: Sequence[str], known: Se
     names = [o.metric for o in wanted if o]
     problems += [f"objectives: {name} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     if problems:
-        raise ConfigError(problems, 'write "exact_match >= 0.92", "size <= 90 MB", "latency_p50 <= base * 0.8", "min latency_p50"')
+        raise ConfigError(
+            problems, 'write "exact_match >= 0.92", "size <= 90 MB", "latency_p50 <= base * 0.8", "min latency_p50"'
+        )
     return Goals(tuple(c for c in held if c), tuple(o for o in wanted if o))
 
 

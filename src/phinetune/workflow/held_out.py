@@ -5,19 +5,22 @@ What is inherited, and where "held out" cannot be trusted, is said. Not here: mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from phinetune.artifact import file_hash
-from phinetune.data.examples import ChatEncoder, Examples, load_examples
+from phinetune.data.examples import Examples, load_examples
+from phinetune.data.inheritance import inherit, inherited_note
 from phinetune.data.messages import DataConfig, parse_data_config
-from phinetune.data.records import data_file
+from phinetune.data.sources import data_source
 from phinetune.errors import ConfigError, DataError
 from phinetune.events import Note, OnEvent, log_event
+from phinetune.generation.protocol import Generator
+from phinetune.model.contract import PromptContract
 
 Split = Literal["test", "train", "all"]
-_INHERITED = ("prompt", "completion", "system", "test_fraction", "seed", "max_length")
+_SPLIT = ("seed", "test_fraction", "rows", "max_rows", "draw")  # what decides which rows are held out
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ def choose_examples(
     data: str | dict[str, Any] | DataConfig | None,
     split: Split | None,
     manifest: dict[str, Any],
-    encoder: ChatEncoder,
+    encoder: PromptContract,
     max_examples: int | None = None,
     on_event: OnEvent = log_event,
 ) -> Part:
@@ -41,11 +44,10 @@ def choose_examples(
 
     Raises ConfigError where no data is known, DataError where the part is empty.
     """
-    config = inherit_data_config(data, manifest, on_event)
-    chosen = choose_split(split, config, manifest, on_event)
+    config, chosen = _config_and_split(data, split, manifest, on_event)
     if chosen == "all":
         config = replace(config, test_fraction=0.0)
-    train, test, _ = load_examples(config, encoder, on_event)
+    train, test, _ = load_examples(config, encoder.with_chat_template(config.chat_template), on_event, as_rows=True)
     examples = test if chosen == "test" else train
     count = len(examples)
     if not count:
@@ -54,6 +56,31 @@ def choose_examples(
         examples = examples.subset([i * count // max_examples for i in range(max_examples)])
         on_event(Note(f"data: {max_examples} of {count} examples are used, evenly spread (max_examples)"))
     return Part(config, chosen, examples)
+
+
+def with_chat_template(generator: Generator, config: DataConfig, on_event: OnEvent = log_event) -> Generator:
+    """`generator`, asked in the chat template that `config` gives; said where that is not the model's own."""
+    contract = generator.contract.with_chat_template(config.chat_template)
+    if contract is generator.contract:
+        return generator
+    on_event(Note("data: chat_template is not the model's own; prompts are written in it", warning=True))
+    anew: Any = generator
+    return cast(Generator, replace(anew, contract=contract))
+
+
+def _config_and_split(
+    data: str | dict[str, Any] | DataConfig | None, split: Split | None, manifest: dict[str, Any], on_event: OnEvent
+) -> tuple[DataConfig, Split]:
+    """What to score: the training's eval_data, all of it, where nothing else is named; else as `inherit_data_config` and the split say."""
+    names_file = isinstance(data, str | Path | DataConfig) or (isinstance(data, dict) and "path" in data)
+    if not manifest.get("eval_data") or names_file or split not in (None, "test"):
+        config = inherit_data_config(data, manifest, on_event)
+        return config, choose_split(split, config, manifest, on_event)
+    config = inherit_data_config(data, {"data": manifest["eval_data"]}, on_event)
+    on_event(Note(f"data: {config.path}, the training's eval_data, is scored"))
+    if file_hash(data_source(config, on_event)) != manifest.get("eval_data_sha256"):
+        on_event(Note(f"data: {config.path} has changed since the training", warning=True))
+    return config, "all"
 
 
 def inherit_data_config(
@@ -70,12 +97,16 @@ def inherit_data_config(
                 "data: this key is needed: the model does not say what it was trained on", "give --data FILE"
             )
         values["path"] = trained["path"]
-    inherited = {k: trained[k] for k in _INHERITED if trained.get(k) is not None and k not in values}
-    defaults = DataConfig("-")
-    shown = {k: v for k, v in inherited.items() if v != getattr(defaults, k)}
-    if shown:
-        on_event(Note("data: as in training: " + ", ".join(f"{k} {v!r}" for k, v in shown.items())))
-    return parse_data_config({**values, **inherited})
+    taken = inherit(values, trained, same_file=_same_file(str(values["path"]), trained, manifest.get("data_sha256")))
+    if taken:
+        on_event(Note(f"data: as in training: {inherited_note(taken)}"))
+    return parse_data_config({**values, **taken})
+
+
+def _same_file(path: str, trained: dict[str, Any], sha256: str | None) -> bool:
+    """True if `path` is what was trained on, by its name or by its content."""
+    file = Path(path).expanduser()
+    return path == trained.get("path") or (sha256 is not None and file.is_file() and file_hash(file) == sha256)
 
 
 def choose_split(split: Split | None, config: DataConfig, manifest: dict[str, Any], on_event: OnEvent) -> Split:
@@ -83,12 +114,9 @@ def choose_split(split: Split | None, config: DataConfig, manifest: dict[str, An
     if split is not None and split not in ("test", "train", "all"):
         raise ConfigError(f"split: must be test, train or all (found: {split!r})")
     trained_on, trained = manifest.get("data_sha256"), manifest.get("data") or {}
-    if trained_on is None or file_hash(data_file(config.path)) == trained_on:
-        if (
-            trained
-            and split in (None, "test")
-            and (config.seed, config.test_fraction) != (trained["seed"], trained["test_fraction"])
-        ):
+    if trained_on is None or file_hash(data_source(config, on_event)) == trained_on:
+        asked, then = asdict(config), asdict(DataConfig("-")) | trained
+        if trained and split in (None, "test") and any(asked[key] != then[key] for key in _SPLIT):
             on_event(
                 Note("data: another split than the training's: some of these examples were trained on", warning=True)
             )

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from phinetune.lora.injection import Adapter
     from phinetune.lora.stream import MergeReport
 
-INHERITED = ("base_model", "base_key", "data", "data_sha256")
+INHERITED = ("base_model", "base_key", "data", "data_sha256", "eval_data", "eval_data_sha256")
 """What later stages take over from the adapter's manifest."""
 Base = Literal["auto", "original", "dequantized"]
 

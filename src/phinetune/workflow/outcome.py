@@ -75,8 +75,12 @@ class RunResult:
             trial = min(scored, key=lambda t: constraint.shortfall(t.values, self.base))
             value, short = trial.values[constraint.metric], constraint.shortfall(trial.values, self.base)
             verdict = f"missed by {short:.4g}" if short > 0 else "met"
-            lines.append(f"{constraint.text}: {verdict}; nearest {constraint.metric} {value:.6g} in trial {trial.number}")
+            lines.append(
+                f"{constraint.text}: {verdict}; nearest {constraint.metric} {value:.6g} in trial {trial.number}"
+            )
         together = min(scored, key=lambda t: len(t.missed))
         if all(line.split(": ", 1)[1].startswith("met") for line in lines):
-            lines.append(f"each constraint is met by some trial, but none meets all; trial {together.number} misses {', '.join(together.missed)}")
+            lines.append(
+                f"each constraint is met by some trial, but none meets all; trial {together.number} misses {', '.join(together.missed)}"
+            )
         return lines

@@ -144,7 +144,9 @@ def parse_pass(entry: PassEntry, pass_: Pass, values: dict[str, Any], target: Ac
     unknown = [key for key in values if key not in fields and key not in pass_.known]
     problems = [f"{entry.path}.{key}: unknown key{did_you_mean(key, [*fields, *pass_.known])}" for key in unknown]
     try:
-        return_value = parse(pass_.config, pass_.gather({k: v for k, v in values.items() if k not in unknown}), entry.path)
+        return_value = parse(
+            pass_.config, pass_.gather({k: v for k, v in values.items() if k not in unknown}), entry.path
+        )
     except ConfigError as error:
         problems += error.problems
     if problems:

@@ -138,7 +138,9 @@ class Workflow:
         script = file_hash(Path(entry.user_script).expanduser()) if entry.user_script else ""
         settings = {k: v for k, v in values.items() if k not in (*pass_.data, *pass_.files)}
         kwargs = {k: v for k, v in self.config.model.model_kwargs.items() if "token" not in k}
-        return content_key("pass", parent, entry.type.lower(), pass_.version, settings, files, used, script, kwargs, self.config.seed)
+        return content_key(
+            "pass", parent, entry.type.lower(), pass_.version, settings, files, used, script, kwargs, self.config.seed
+        )
 
 
 _KINDS = {"hf": "a model", "adapter": "an adapter", "onnx": "an ONNX model"}
@@ -183,7 +185,9 @@ def prepare(
     _check_data_names(config, alternatives, problems)
     source = Source(config.model.path, "hf", "")
     try:
-        source = find_source(config, on_event) if fetch or not missing_model(config) else Source(config.model.path, "hf", "")
+        source = (
+            find_source(config, on_event) if fetch or not missing_model(config) else Source(config.model.path, "hf", "")
+        )
     except PhinetuneError as error:
         note(error, "model: ")
     for name in {e.host or config.host for e in entries} - {None, "local"}:
@@ -261,7 +265,11 @@ def _find_spaces(
     return spaces
 
 
-_FIXED = ("training_config.output_dir", "training_config.overwrite_output_dir", "training_config.resume_from_checkpoint")
+_FIXED = (
+    "training_config.output_dir",
+    "training_config.overwrite_output_dir",
+    "training_config.resume_from_checkpoint",
+)
 
 
 def _check_data_names(

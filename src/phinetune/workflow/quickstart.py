@@ -56,7 +56,7 @@ def quickstart(
     config = parse_data_config(data)
 
     def add(stage: str, generator: Generator, folder: Path, seconds_made: float) -> None:
-        _, test, _ = load_examples(config, generator.contract, lambda event: None)
+        _, test, _ = load_examples(config, generator.contract, lambda event: None, as_rows=True)
         row = stage_result(score(generator, test, stage, on_event=on_event), folder, folder_bytes(folder), seconds_made)
         stages.append(row)
         on_event(Note(f"{stage}: {row.value:.1%} exact ({row.correct} of {row.count})"))

@@ -7,7 +7,10 @@ from phinetune.workflow.config import PassEntry, WorkflowConfig
 _OF_TYPE = {
     "qlora": ("bitsandbytes",),
     "loftq": ("bitsandbytes",),
-    **dict.fromkeys(("modelbuilder", "onnxconversion", "rtn", "extractadapters"), ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai")),
+    **dict.fromkeys(
+        ("modelbuilder", "onnxconversion", "rtn", "extractadapters"),
+        ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai"),
+    ),
 }
 
 

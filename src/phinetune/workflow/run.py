@@ -38,7 +38,11 @@ LOG = "run.log"
 
 
 def run_workflow(
-    workflow: Workflow, only: str | None = None, until: str | None = None, worker: bool = False, on_event: OnEvent = log_event
+    workflow: Workflow,
+    only: str | None = None,
+    until: str | None = None,
+    worker: bool = False,
+    on_event: OnEvent = log_event,
 ) -> RunResult:
     """Run `workflow` and deliver its result into its output folder.
 
@@ -56,9 +60,15 @@ def run_workflow(
             steps: list[StepResult] = []
             started, error, values = time.perf_counter(), "", dict[str, float]()
             try:
-                for step in chosen_steps(workflow.steps(proposal.chosen, proposal.listen(log), proposal.truncated), workflow, only, until):
+                for step in chosen_steps(
+                    workflow.steps(proposal.chosen, proposal.listen(log), proposal.truncated), workflow, only, until
+                ):
                     if not workflow.store.has(step.key):
-                        with workflow.store.making(step.key, step.entry.path, log), working(log), _placing(step, workflow) as folder:
+                        with (
+                            workflow.store.making(step.key, step.entry.path, log),
+                            working(log),
+                            _placing(step, workflow) as folder,
+                        ):
                             if folder is not None and step.system.type == "local":
                                 step.pass_.run(step.job, folder)
                             elif folder is not None:
@@ -137,14 +147,19 @@ def chosen_steps(
     for option, name in (("--only", only), ("--until", until)):
         if name is not None and name not in [s.entry.name for s in steps]:
             names = [s.entry.name for s in steps]
-            raise ConfigError(f"{option} {name}: no pass is called that{did_you_mean(name, names)}", f"the passes are {', '.join(names)}")
+            raise ConfigError(
+                f"{option} {name}: no pass is called that{did_you_mean(name, names)}",
+                f"the passes are {', '.join(names)}",
+            )
     if until is not None:
         steps = steps[: [s.entry.name for s in steps].index(until) + 1]
     if only is not None:
         index = [s.entry.name for s in steps].index(only)
         missing = next((s for s in steps[:index] if not workflow.store.has(s.key)), None)
         if missing is not None and not planned:
-            raise ConfigError(f"--only {only}: {missing.entry.path}, which it needs, is not made yet", f"run with --until {only}")
+            raise ConfigError(
+                f"--only {only}: {missing.entry.path}, which it needs, is not made yet", f"run with --until {only}"
+            )
         steps = steps[: index + 1]
     return steps
 
@@ -213,4 +228,3 @@ def _as_error(failure: Exception, log: Path) -> PhinetuneError:
         return failure
     text = (str(failure).strip() or "no message").splitlines()[0]
     return PassError(f"a pass failed: {type(failure).__name__}: {text}", f"the traceback is in {log}")
-

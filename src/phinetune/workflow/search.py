@@ -167,7 +167,9 @@ class Search:
         steps = tuple(_step_result(s, self.workflow) for s in self.workflow.steps(chosen, truncated=truncated))
         values = attrs.get("values") or {}
         missed = self.workflow.goals.missed(values, self.base) if values else {}
-        return TrialResult(number, chosen, steps, values, missed, attrs.get("error", "?"), attrs.get("seconds", 0.0), truncated)
+        return TrialResult(
+            number, chosen, steps, values, missed, attrs.get("error", "?"), attrs.get("seconds", 0.0), truncated
+        )
 
     @property
     def limit(self) -> int:
@@ -186,9 +188,13 @@ class Search:
             for _ in range(100):  # proposals that were tried already are answered at once
                 trials = [t for t in study.trials if (self.phase, t.number) not in self.stale and not is_void(t)]
                 tried = {_canonical(t.user_attrs["chosen"]): t for t in trials if "chosen" in t.user_attrs}
-                if len(tried) >= self.limit or (self.search.stop_when_met and any(self._is_feasible(t) for t in trials)):
+                if len(tried) >= self.limit or (
+                    self.search.stop_when_met and any(self._is_feasible(t) for t in trials)
+                ):
                     return None
-                trial = study.ask({s.path: distribution(s) for s in spaces} if self.search.sampler != "exhaustive" else None)
+                trial = study.ask(
+                    {s.path: distribution(s) for s in spaces} if self.search.sampler != "exhaustive" else None
+                )
                 chosen = self._values(trial, spaces, fixed, tried)
                 if chosen is None:
                     trial.set_user_attr("void", True)
@@ -218,9 +224,15 @@ class Search:
 
     def _fixed(self) -> dict[str, Any]:
         """Values of the phases before (their best) and after (each space's first)."""
-        fixed = {s.path: s.examples()[0] for phase in self.phases for s in phase if phase is not self.phases[self.phase]}
+        fixed = {
+            s.path: s.examples()[0] for phase in self.phases for s in phase if phase is not self.phases[self.phase]
+        }
         if self.phase:
-            done = [self._as_result(i, t) for i, t in enumerate(self.studies[self.phase - 1].trials) if t.state.name == "COMPLETE"]
+            done = [
+                self._as_result(i, t)
+                for i, t in enumerate(self.studies[self.phase - 1].trials)
+                if t.state.name == "COMPLETE"
+            ]
             best = min(done, key=lambda t: (sum(t.missed.values()), self.workflow.goals.rank(t.values)), default=None)
             if best is not None:
                 fixed |= best.chosen
@@ -255,7 +267,9 @@ class Search:
         goals = self.workflow.goals
         if not trial.values:
             return [1.0] * max(1, len(goals.constraints))
-        return [c.shortfall(trial.values, self.base) / (abs(c.limit(self.base)) or 1.0) for c in goals.constraints] or [0.0]
+        return [c.shortfall(trial.values, self.base) / (abs(c.limit(self.base)) or 1.0) for c in goals.constraints] or [
+            0.0
+        ]
 
     def _objectives(self, trial: TrialResult) -> list[float]:
         """What optuna minimizes: the objectives, or how far the constraints are missed."""
@@ -288,7 +302,9 @@ def _pass_of(space: Space) -> str:
 def _step_result(step: Step, workflow: Workflow) -> StepResult:
     facts = workflow.store.facts(step.key)
     seconds = float(facts.get("seconds") or 0)
-    return StepResult(step.entry.name, step.entry.type, step.key, step.parent, step.pass_.gives, step.job.output, seconds, True)
+    return StepResult(
+        step.entry.name, step.entry.type, step.key, step.parent, step.pass_.gives, step.job.output, seconds, True
+    )
 
 
 def _canonical(chosen: dict[str, Any]) -> str:

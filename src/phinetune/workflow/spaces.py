@@ -52,7 +52,9 @@ class Space:
 
 def is_space(value: Any) -> bool:
     """True for a dictionary that says a space rather than a group of keys."""
-    return isinstance(value, dict) and (set(value) == {"choices"} or {"low", "high"} <= set(value) <= {"low", "high", "log", "step"})
+    return isinstance(value, dict) and (
+        set(value) == {"choices"} or {"low", "high"} <= set(value) <= {"low", "high", "log", "step"}
+    )
 
 
 def read_space(value: dict[str, Any], path: str) -> Space:
@@ -111,7 +113,9 @@ def combinations(spaces: list[Space]) -> Iterator[dict[str, Any]]:
     grids = [space.grid() for space in spaces]
     endless = [s.path for s, grid in zip(spaces, grids, strict=True) if grid is None]
     if endless:
-        raise ValueError(f"{endless[0]}: a range without a step cannot be searched exhaustively; give a step or choices")
+        raise ValueError(
+            f"{endless[0]}: a range without a step cannot be searched exhaustively; give a step or choices"
+        )
     count = math.prod(len(grid or ()) for grid in grids)
     if count > _MOST:
         raise ValueError(f"{count} combinations cannot be searched exhaustively; use sampler: tpe")

@@ -1,10 +1,10 @@
 """phinetune's own passes: the stage functions under the names that workflow files use.
 
-    LoRA, QLoRA, DoRA, LoftQ          base model -> adapter     (finetune)
-    MergeAdapterWeights               adapter -> model          (merge)
-    TruncateAdapter                   adapter -> adapter        (truncate)
-    ModelBuilder, OnnxConversion, Rtn model, adapter -> ONNX    (export)
-    ExtractAdapters                   adapter -> ONNX + adapter (export_adapters)
+LoRA, QLoRA, DoRA, LoftQ          base model -> adapter     (finetune)
+MergeAdapterWeights               adapter -> model          (merge)
+TruncateAdapter                   adapter -> adapter        (truncate)
+ModelBuilder, OnnxConversion, Rtn model, adapter -> ONNX    (export)
+ExtractAdapters                   adapter -> ONNX + adapter (export_adapters)
 """
 
 from __future__ import annotations
@@ -186,7 +186,10 @@ def _lora(preset: dict[str, Any], config: type) -> Pass:
 
         problems = []
         asked = _training(job, preset)
-        for read in (lambda: parse_lora_config(asked["peft_config"], ""), lambda: read_training_config(asked["training_config"], lambda event: None)):
+        for read in (
+            lambda: parse_lora_config(asked["peft_config"], ""),
+            lambda: read_training_config(asked["training_config"], lambda event: None),
+        ):
             try:
                 read()
             except ConfigError as error:
@@ -252,7 +255,12 @@ def _extract(job: PassJob, folder: Path) -> StageFolder:
     from phinetune.workflow.export_adapters import export_adapters
 
     return export_adapters(
-        [job.input], folder, {"precision": job.config.precision}, format=job.config.format, overwrite=True, on_event=job.on_event
+        [job.input],
+        folder,
+        {"precision": job.config.precision},
+        format=job.config.format,
+        overwrite=True,
+        on_event=job.on_event,
     )
 
 

@@ -124,7 +124,10 @@ class Store:
         for folder in (self.folder / "artifacts").iterdir():
             if not folder.is_dir() or folder.name.startswith("."):
                 continue
-            manifest, facts = read_manifest(folder), _read(self.folder / "entries" / f"{folder.name.removesuffix('.partial')}.json")
+            manifest, facts = (
+                read_manifest(folder),
+                _read(self.folder / "entries" / f"{folder.name.removesuffix('.partial')}.json"),
+            )
             size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
             used = float(facts.get("used") or folder.stat().st_mtime)
             made_by = str(facts.get("pass") or manifest.get("stage") or "?")
@@ -143,7 +146,9 @@ class Store:
             if len({e.key.removesuffix(".partial") for e in fitting}) == 1:
                 chosen += fitting
             else:
-                problems.append(f"{name}: {'no artifact has this key' if not fitting else f'{len(fitting)} artifacts begin with it'}")
+                problems.append(
+                    f"{name}: {'no artifact has this key' if not fitting else f'{len(fitting)} artifacts begin with it'}"
+                )
         if problems:
             raise ConfigError(problems, "phinetune cache ls shows the keys")
         self._delete(chosen)
@@ -171,7 +176,9 @@ class Store:
                 try:
                     held.enter_context(lock.acquire(timeout=0))
                 except filelock.Timeout:
-                    raise OutputError(f"{self.folder}: a run is using this cache", "wait until it has finished") from None
+                    raise OutputError(
+                        f"{self.folder}: a run is using this cache", "wait until it has finished"
+                    ) from None
             for entry in chosen:
                 folder = self.folder / "artifacts" / entry.key
                 (folder / "manifest.json").unlink(missing_ok=True)  # first, so that a half removed one counts as absent

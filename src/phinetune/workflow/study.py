@@ -26,10 +26,16 @@ FAILED = "FAIL"
 def study_key(workflow: Workflow) -> str:
     """What must be equal for two runs to share a study: everything but how many trials there are and who runs them."""
     config = workflow.config
-    search = {k: v for k, v in asdict(config.search).items() if k in ("sampler", "order", "seed", "truncate_rank")} if config.search else {}
+    search = (
+        {k: v for k, v in asdict(config.search).items() if k in ("sampler", "order", "seed", "truncate_rank")}
+        if config.search
+        else {}
+    )
     goals = [config.constraints, config.objectives]
     passes = [[(e.type.lower(), e.values, e.path) for e, _ in several] for several in workflow.alternatives.values()]
-    return content_key("study", 1, workflow.source.key, passes, workflow.digests, goals, asdict(default_evaluation(config)), search)
+    return content_key(
+        "study", 1, workflow.source.key, passes, workflow.digests, goals, asdict(default_evaluation(config)), search
+    )
 
 
 def open_study(workflow: Workflow, search: SearchConfig, name: str, limit: int) -> Any:
