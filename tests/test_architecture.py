@@ -17,7 +17,7 @@ import phinetune
 SOURCE = Path(phinetune.__file__).parent
 LAYERS = (
     "errors", "events", "config", "artifact", "quiet", "data", "model", "lora", "training", "generation", "evaluation", "exporting", "serving", "systems",
-    "workflow", "cli",
+    "workflow", "olive", "cli",
 )  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
