@@ -6,7 +6,7 @@ from typing import Any
 
 from phinetune.errors import did_you_mean
 from phinetune.olive.context import Context
-from phinetune.olive.reader import Reader
+from phinetune.olive.reader import Reader, dotted
 from phinetune.olive.spaces import Setting, read_settings
 
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
@@ -67,7 +67,7 @@ def onnx_conversion(keys: Reader, at: tuple[str, ...], context: Context, disable
         precisions = {"float32": "fp32", "float16": "fp16"}
         if dtype in precisions:
             context.report.note(
-                "renamed", place, f"is {'.'.join(at)}.precision {precisions[dtype]} now", (*at, "precision")
+                "renamed", place, f"is {dotted(at)}.precision {precisions[dtype]} now", (*at, "precision")
             )
             values["precision"] = precisions[dtype]
         else:

@@ -85,7 +85,14 @@ def data_reference(keys: Reader, key: str, hint: str, context: Context) -> str |
 
 def data_config(name: str, outer: Reader, context: Context, params: Reader | None = None) -> None:
     """Put the data config that `outer` reads into `context.data`; `params` are its params_config if that stands elsewhere."""
-    kind = outer.take("type", str, CONTAINERS[0])
+    if not outer.has("type"):
+        context.report.note(
+            "default",
+            outer.path("type"),
+            "not given: read as HuggingfaceContainer, the one that holds text",
+            ("data", name),
+        )
+    kind = outer.take("type", str, CONTAINERS[1])
     known = {one.lower(): one for one in (*CONTAINERS, *_RANDOM)}
     if kind.lower() not in known:
         text = f"only HuggingfaceContainer holds text{did_you_mean(kind, known.values())} (found: {kind!r})"
@@ -222,8 +229,6 @@ def _file(load: Reader, name: str, place: str, at: tuple[str, ...], context: Con
         report.note(
             "dropped", split_at, "a file is one split" + ("; its slice is rows now" if "rows" in split else ""), at
         )
-    if isinstance(files, str):
-        report.renamed(files_at, (*at, "path"))
     path = resource(files, files_at, (*at, "path"), context) or ""
     if PurePath(path).suffix.lower() == ".txt":
         report.problem(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _RELEASES = {
-    "0.3": "A", "0.4.0": "A", "0.5.0": "A", "0.5.1": "B", "0.6.0": "C", "0.6.1": "C", "0.6.2": "D", "main of summer 2024": "E",
+    "0.3": "A", "0.4.0": "A", "0.5.0": "A", "0.5.1": "B", "0.5.2": "B", "0.6.0": "C", "0.6.1": "C", "0.6.2": "D", "main of summer 2024": "E",
     "0.7.0": "F", "0.7.1": "F", "0.8.0": "G", "0.9.0": "G", "0.9.2": "G", "0.9.3": "H", "0.10.0": "I", "0.11.0": "I", "0.12.0": "J", "0.13.0": "J",
 }  # fmt: skip
 RELEASES = tuple(_RELEASES)
@@ -92,9 +92,9 @@ _TEXTS = {
     "message_col": (SUMMER, None), "col_filters": (SUMMER, None), "padding_side": ("0.8.0", None),
 }  # fmt: skip
 _TYPES = {
-    "LoRA": ("0.4.0", None), "LoftQ": ("0.5.0", None), "DoRA": ("0.8.0", None), "GenAIModelExporter": ("0.5.0", "0.5.1"),
+    "LoRA": ("0.4.0", None), "LoftQ": ("0.5.0", None), "DoRA": ("0.8.0", None), "GenAIModelExporter": ("0.5.0", "0.5.2"),
     "ModelBuilder": ("0.6.0", None), "MergeAdapterWeights": ("0.6.1", None), "Rtn": ("0.9.2", None), "QLoRA": (None, None),
-    "OnnxConversion": (None, None), "ExtractAdapters": ("0.5.1", None),
+    "OnnxConversion": (None, None), "ExtractAdapters": ("0.5.2", None),
 }  # fmt: skip
 _OUTER = {"disable_search": (None, "0.7.0"), "clean_run_cache": (None, SUMMER), "output_name": (None, SUMMER)}
 _PASS = {
@@ -159,7 +159,7 @@ def _of_model(model: dict[str, Any]) -> _Found:
         table = {
             "model_loading_args": (None, "0.4.0"),
             "from_pretrained_args": ("0.5.0", "0.6.2"),
-            "dataset": (None, "0.5.1"),
+            "dataset": (None, "0.5.2"),
         }
         yield from _table(table, hf, f"{path}hf_config.")
         yield from _table({"model_file_format": (None, "0.6.2"), "load_kwargs": (SUMMER, None)}, holder, path)
@@ -170,7 +170,7 @@ def _of_model(model: dict[str, Any]) -> _Found:
 
 def _of_data(given: Any) -> _Found:
     if isinstance(given, dict):
-        yield "data_configs", None, "0.5.1"
+        yield "data_configs", None, "0.5.2"
         named = [(f"data_configs.{name}.", _dict(value)) for name, value in given.items()]
     elif isinstance(given, list):
         yield "data_configs", "0.6.0", None

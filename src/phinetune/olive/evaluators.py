@@ -23,7 +23,7 @@ _METRICS: dict[str, dict[str, str]] = {
     "size_on_disk": {"bytes": "size"},
 }
 _NOT_HERE = ("auroc", "wer", "rtfx", "relaxed_accuracy", "word_sort_ratio")
-_UNITS = {"latency": " ms", "size_on_disk": " bytes"}
+_UNITS = {"latency": " ms"}
 _GOALS = ("threshold", "min-improvement", "max-degradation", "percent-min-improvement", "percent-max-degradation")
 _HARMONIZED = "scores are computed on the generated answers"
 _METRIC_CONFIG = {
@@ -137,7 +137,7 @@ def _native(chosen: Evaluation, engine: Reader, context: Context) -> tuple[dict[
     for index, (_, text, place) in enumerate(chosen.objectives):
         report.note("renamed", place, f'is a place among the objectives now: "{text}"', ("objectives", str(index)))
     values: dict[str, Any] = {"metrics": chosen.metrics}
-    data = chosen.data or context.metric_data
+    data = chosen.data or context.metric_data or _bundled(chosen, context)
     if data is None and (trained := list(context.trained_on)) and not context.trained_on[trained[0]]:
         data = trained[0]
     if data is not None and context.data.get(data) is not None:
@@ -160,6 +160,22 @@ def _native(chosen: Evaluation, engine: Reader, context: Context) -> tuple[dict[
         report.renamed(engine.path("evaluate_input_model"), ("evaluate", "input_model"))
         values["input_model"] = engine.take("evaluate_input_model", bool)
     return values, [text for _, _, text in chosen.goals], [text for _, text, _ in chosen.objectives]
+
+
+def _bundled(chosen: Evaluation, context: Context) -> str | None:
+    """The bundled rows, where something is timed and the file has no rows of its own (Olive timed random ones)."""
+    timed = [metric for metric in chosen.metrics if metric != "size"]
+    if not timed or not all(m.startswith(("latency", "throughput")) for m in timed) or any(context.data.values()):
+        return None
+    name = context.free_name("tone", context.data)
+    context.data[name] = {"path": "tone"}
+    context.report.note(
+        "changed",
+        "evaluators",
+        "the file has no rows, and Olive timed random ones; the bundled phrases are answered",
+        ("data", name),
+    )
+    return name
 
 
 def _priorities(chosen: Evaluation, context: Context) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from phinetune.olive.context import Context
 from phinetune.olive.data import data_reference
 from phinetune.olive.eras import SUMMER
-from phinetune.olive.reader import Reader
+from phinetune.olive.reader import Reader, dotted
 from phinetune.olive.spaces import Setting, read_settings
 from phinetune.olive.training import training_config
 
@@ -114,7 +114,7 @@ def _data(keys: Reader, at: tuple[str, ...], context: Context) -> dict[str, Any]
             report.note(
                 "changed",
                 place,
-                f"{size} sequences cannot be held out by their number; a tenth of the rows is: set {'.'.join(target)}",
+                f"{size} sequences cannot be held out by their number; a tenth of the rows is: set {dotted(target)}",
                 target,
             )
         elif size > 0:
@@ -122,7 +122,7 @@ def _data(keys: Reader, at: tuple[str, ...], context: Context) -> dict[str, Any]
             report.note(
                 "changed",
                 place,
-                f"is {'.'.join(target)} now: a share of the rows, drawn with data_seed before they are joined",
+                f"is {dotted(target)} now: a share of the rows, drawn with data_seed before they are joined",
                 target,
             )
         else:

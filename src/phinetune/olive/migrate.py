@@ -24,17 +24,18 @@ def migrate(values: dict[str, Any], source_name: str, folder: Path | None = None
     notes = list(translation.notes)
     there = _paths(translation.values)
     at_top = [note for note in notes if not _nearest(note, there)]
-    lines += [f"# {note.kind}: {note}" for note in at_top]
+    lines += [f"# {note.kind}: {_one_line(str(note))}" for note in at_top]
     comments: dict[tuple[str, ...], list[str]] = {}
     for note in notes:
         if nearest := _nearest(note, there):
-            comments.setdefault(nearest, []).append(f"# {note.kind}: {note}")
+            comments.setdefault(nearest, []).append(f"# {note.kind}: {_one_line(str(note))}")
     lines += _mapping(translation.values, (), comments)
     return "\n".join(lines) + "\n"
 
 
 def _one_line(text: str) -> str:
-    return " ".join(str(text).split())
+    """`text` as a comment may hold it: no line breaks, no control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 def _paths(value: Any, at: tuple[str, ...] = ()) -> set[tuple[str, ...]]:

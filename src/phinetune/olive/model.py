@@ -54,7 +54,6 @@ def model(top: Reader, context: Context) -> dict[str, Any] | None:
         values["path"] = path
         context.model_type = _model_type(path, context.folder)
     if keys.has("adapter_path"):
-        context.report.renamed(keys.path("adapter_path"), ("model", "adapter"))
         values["adapter"] = resource(
             keys.take("adapter_path"), keys.path("adapter_path"), ("model", "adapter"), context
         )
@@ -76,8 +75,6 @@ def _path(keys: Reader, hf: Reader | None, context: Context) -> str | None:
                 hf.path("model_name"),
                 "tokenizer and configuration come with the model that model_path names",
             )
-        if isinstance(value, str):
-            context.report.renamed(place, at)
         return resource(value, place, at, context)
     if hf and name is not None:
         context.report.renamed(hf.path("model_name"), at)

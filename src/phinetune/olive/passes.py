@@ -11,7 +11,7 @@ from phinetune.olive.building import extract_adapters, model_builder, onnx_conve
 from phinetune.olive.context import Context
 from phinetune.olive.eras import SUMMER
 from phinetune.olive.lora import lora
-from phinetune.olive.reader import Reader
+from phinetune.olive.reader import Reader, dotted
 from phinetune.olive.registry import known_type, refusal
 from phinetune.olive.systems import system_reference
 
@@ -123,7 +123,7 @@ def _step(
         report.note(
             "changed",
             outer.path("evaluator"),
-            f"is {'.'.join(at)}.evaluate true now, by the one evaluator there is",
+            f"is {dotted(at)}.evaluate true now, by the one evaluator there is",
             (*at, "evaluate"),
         )
         values["evaluate"] = True

@@ -15,6 +15,11 @@ from phinetune.errors import did_you_mean
 Kind = Literal["renamed", "changed", "dropped", "default"]
 
 
+def dotted(at: Sequence[str]) -> str:
+    """The path that `at` leads along, as it is written for people: passes.builder[0].r."""
+    return "".join(f"[{key}]" if key.isdigit() else f".{key}" for key in at).removeprefix(".")
+
+
 @dataclass(frozen=True)
 class Note:
     """What became of one key of the user's file, in one line."""
@@ -73,7 +78,7 @@ class Report:
 
     def renamed(self, path: str, at: Sequence[str]) -> None:
         """Say that the key at `path` is called `at` now."""
-        self.note("renamed", path, f"is {'.'.join(at)} now", at)
+        self.note("renamed", path, f"is {dotted(at)} now", at)
 
     def problem(self, path: str, text: str) -> None:
         """Remember a problem, once."""

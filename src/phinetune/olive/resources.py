@@ -42,9 +42,10 @@ def is_resource(value: Any) -> bool:
 
 def resource(value: Any, path: str, at: tuple[str, ...], context: Context) -> str | None:
     """The path, hub id or Azure address that `value` at `path` means; None, and a problem, if it means none."""
-    if isinstance(value, str):
-        return value
     report = context.report
+    if isinstance(value, str):
+        report.renamed(path, at)
+        return value
     if not isinstance(value, dict):
         report.problem(path, f"must be a path or a resource (found: {value!r})")
         return None
@@ -55,6 +56,7 @@ def resource(value: Any, path: str, at: tuple[str, ...], context: Context) -> st
         report.problem(outer.path("type"), f"no resource is of this type{did_you_mean(kind, TYPES)} (found: {kind!r})")
         return None
     if kind in ("file", "folder", "string_name"):
+        report.renamed(path, at)
         return _needed(keys, "name" if kind == "string_name" else "path")
     address = _ADDRESSES[kind](keys, context)
     report.note("changed", path, _AZURE, at)

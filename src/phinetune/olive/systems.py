@@ -6,7 +6,7 @@ from typing import Any
 
 from phinetune.errors import did_you_mean
 from phinetune.olive.context import Context
-from phinetune.olive.reader import Reader
+from phinetune.olive.reader import Reader, dotted
 
 _TYPES = {
     "localsystem": "local", "local": "local", "pythonenvironment": "python", "isolatedort": "python", "docker": "docker", "azureml": "azureml",
@@ -101,7 +101,7 @@ def _system(name: str, values: Any, path: str, providers: tuple[str, Any] | None
         context.systems[name] = {"type": "local"}
         return
     if given.lower() not in ("localsystem", "pythonenvironment", "docker", "azureml"):
-        report.note("changed", outer.path("type"), f"is {'.'.join(at)}.type {kind} now", (*at, "type"))
+        report.note("changed", outer.path("type"), f"is {dotted(at)}.type {kind} now", (*at, "type"))
     keys = outer.flat("config")
     native: dict[str, Any] = {"type": kind}
     if accelerator := _accelerator(keys, at, providers, context):
@@ -131,7 +131,7 @@ def _python(keys: Reader, native: dict[str, Any], at: tuple[str, ...], context: 
         place = keys.path("python_environment_path")
         native["python"] = keys.take("python_environment_path", str, "").rstrip("/") + "/python"
         context.report.note(
-            "changed", place, f"is {'.'.join(at)}.python now, the interpreter in that folder", (*at, "python")
+            "changed", place, f"is {dotted(at)}.python now, the interpreter in that folder", (*at, "python")
         )
     else:
         context.report.problem(keys.path("python_environment_path"), "this key is needed")

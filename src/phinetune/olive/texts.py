@@ -11,7 +11,7 @@ from typing import Any
 from phinetune.errors import did_you_mean
 from phinetune.olive.context import Context
 from phinetune.olive.eras import SUMMER
-from phinetune.olive.reader import Reader
+from phinetune.olive.reader import Reader, dotted
 
 _LENGTH = 1024  # max_seq_len where a file gives none; before the summer of 2024 it had to
 _STRATEGIES = {
@@ -63,10 +63,11 @@ def text_values(keys: Reader, at: tuple[str, ...], context: Context) -> dict[str
         says = "prompt and completion say it" if kind == "pair" else "text says it, or chat"
         context.report.note("dropped", keys.path("dataset_type"), says, at)
     values = _pair(keys, at, context) if kind == "pair" else _corpus(keys, at, context)
-    if keys.has("add_special_tokens") and not values.get("chat"):
+    if keys.has("add_special_tokens") and values.get("chat"):
+        keys.drop("add_special_tokens", "a chat template brings its own")
+    elif keys.has("add_special_tokens"):
         place, given = keys.path("add_special_tokens"), keys.take("add_special_tokens", bool, True)
         context.report.note("changed", place, _SPECIAL[given], at)
-    keys.drop("add_special_tokens", "a chat template brings its own")
     if keys.has("max_samples"):
         place = keys.path("max_samples")
         values["max_rows"] = keys.take("max_samples", int)
@@ -168,9 +169,7 @@ def _source(keys: Reader, at: tuple[str, ...], context: Context) -> dict[str, An
     if keys.has("text_cols"):
         place, columns = keys.path("text_cols"), keys.take("text_cols", (str, list), [])
         columns = [columns] if isinstance(columns, str) else columns
-        report.note(
-            "changed", place, f"is {'.'.join(at)}.text now, the columns with a blank between them", (*at, "text")
-        )
+        report.note("changed", place, f"is {dotted(at)}.text now, the columns with a blank between them", (*at, "text"))
         return {"text": " ".join(f"{{{column}}}" for column in columns)}
     report.note("default", keys.path("text_cols"), 'not given: the column "text", as in Olive', (*at, "text"))
     return {"text": "{text}"}
@@ -211,8 +210,7 @@ def _pair(keys: Reader, at: tuple[str, ...], context: Context) -> dict[str, Any]
     values: dict[str, Any] = {"prompt": prompt, "completion": completion, "chat": False}
     if keys.has("ignore_source_in_labels"):
         report.renamed(keys.path("ignore_source_in_labels"), (*at, "learn_prompt"))
-        if not keys.take("ignore_source_in_labels", bool, True):
-            values["learn_prompt"] = True
+        values["learn_prompt"] = not keys.take("ignore_source_in_labels", bool, True)
     source = keys.first("source_max_len", "max_seq_len")
     lengths = [key for key in (source, "target_max_len") if key and keys.has(key)]
     total = sum(keys.take(key, int, 0) for key in lengths)
