@@ -11,6 +11,7 @@ from phinetune.events import Note, OnEvent, log_event
 from phinetune.model.compute import processor_name
 from phinetune.workflow.assess import assess
 from phinetune.workflow.goals import Values
+from phinetune.workflow.held_out import Split
 from phinetune.workflow.outcome import StepResult
 from phinetune.workflow.plan import Workflow, default_evaluation
 from phinetune.workflow.stages import choose_data
@@ -59,7 +60,7 @@ def _assess(workflow: Workflow, model: str, key: str, what: str, on_event: OnEve
     return {n: float(kept[n]) for n in metrics}
 
 
-def _data(workflow: Workflow) -> tuple[DataConfig | None, str, str | None]:
+def _data(workflow: Workflow) -> tuple[DataConfig | None, str, Split | None]:
     """(data config that is scored, its name, split)."""
     config, evaluation = workflow.config, default_evaluation(workflow.config)
     trained, held_out = None, None
@@ -71,5 +72,5 @@ def _data(workflow: Workflow) -> tuple[DataConfig | None, str, str | None]:
     name = evaluation.data or held_out or trained or (choose_data(None, config.data) if config.data else None)
     if name is None:
         return None, "", evaluation.split
-    split = evaluation.split or ("test" if name == trained and config.data[name].test_fraction > 0 else "all")
+    split: Split = evaluation.split or ("test" if name == trained and config.data[name].test_fraction > 0 else "all")
     return config.data[name], name, split

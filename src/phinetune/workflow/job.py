@@ -36,7 +36,7 @@ def run_job(values: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
     """Run the pass that `describe_job` described; returns its artifact's manifest."""
     entry = PassEntry(**values["entry"])
     pass_ = find_pass(entry, pass_table())
-    config = parse(pass_.config, values["config"], entry.path)
+    config: Any = parse(pass_.config, values["config"], entry.path)
     data = {name: parse(DataConfig, fields, f"data.{name}") for name, fields in values["data"].items()}
     output = Path(values["output"])
     job = PassJob(config, values["input"], output, values["model_kwargs"], data, values["seed"], on_event)
@@ -49,4 +49,4 @@ def run_job(values: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(serve_job(run_job, sys.argv))
+    raise SystemExit(serve_job(run_job, sys.argv[1:]))

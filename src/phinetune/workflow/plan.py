@@ -16,7 +16,7 @@ from typing import Any
 from phinetune.artifact import content_key, file_hash
 from phinetune.config import parse
 from phinetune.data.messages import DataConfig
-from phinetune.data.records import data_file
+from phinetune.data.sources import data_source
 from phinetune.errors import ConfigError, PhinetuneError
 from phinetune.evaluation.measurements import measurements, parse_metrics
 from phinetune.events import OnEvent, log_event
@@ -204,7 +204,7 @@ def prepare(
 
 def data_key(data: DataConfig) -> str:
     """Key of a data config: its settings, and the content of its file. Raises DataError if it is not there."""
-    return content_key(asdict(data) | {"path": ""}, file_hash(data_file(data.path)))
+    return content_key(asdict(data) | {"path": ""}, file_hash(data_source(data)))
 
 
 def find_source(config: WorkflowConfig, on_event: OnEvent = log_event) -> Source:

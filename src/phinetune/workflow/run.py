@@ -30,6 +30,7 @@ from phinetune.systems.running import run_module
 from phinetune.workflow.assessing import assess_artifact, assess_source
 from phinetune.workflow.config import as_values
 from phinetune.workflow.deliver import check_place, deliver
+from phinetune.workflow.goals import Values
 from phinetune.workflow.outcome import RunResult, StepResult, TrialResult
 from phinetune.workflow.plan import Step, Workflow
 from phinetune.workflow.search import Proposals, Pruned, propose
@@ -58,7 +59,8 @@ def run_workflow(
         proposals: Proposals = propose(workflow, base, worker, log)
         for proposal in proposals:
             steps: list[StepResult] = []
-            started, error, values = time.perf_counter(), "", dict[str, float]()
+            started, error = time.perf_counter(), ""
+            values: Values = {}
             try:
                 for step in chosen_steps(
                     workflow.steps(proposal.chosen, proposal.listen(log), proposal.truncated), workflow, only, until

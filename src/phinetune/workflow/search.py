@@ -119,7 +119,8 @@ class Search:
         self.stale = {(i, t.number) for i, study in enumerate(self.studies) for t in study.trials if is_stale(t)}
 
     def __iter__(self) -> Iterator[Proposal]:
-        for self.phase in range(len(self.phases)):
+        for phase in range(len(self.phases)):
+            self.phase = phase
             fixed = self._fixed()
             while not self.stopped and (proposal := self._ask(fixed)) is not None:
                 yield proposal
@@ -152,7 +153,7 @@ class Search:
 
     def known(self, trials: list[TrialResult]) -> list[TrialResult]:
         """Every finished trial, in the order they were proposed."""
-        found = []
+        found: list[TrialResult] = []
         for index, study in enumerate(self.studies):
             for trial in study.trials:
                 if (index, trial.number) in self.stale or not trial.state.is_finished() or is_void(trial):

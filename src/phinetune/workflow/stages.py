@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from phinetune.artifact import StageFolder
 from phinetune.config import STRICT
 from phinetune.data.messages import DataConfig
-from phinetune.data.records import data_file
+from phinetune.data.sources import data_source
 from phinetune.errors import ConfigError
 from phinetune.exporting.config import ExportConfig
 from phinetune.lora.config import LoraConfig, parse_lora_config
@@ -155,7 +154,10 @@ def _training(job: PassJob, preset: dict[str, Any]) -> dict[str, Any]:
     config = job.config
     kwargs = {**job.model_kwargs, **config.model_kwargs}
     if isinstance(config, QLoraPass):
-        options = {"bnb_4bit_quant_type": config.quant_type, "bnb_4bit_use_double_quant": config.double_quant}
+        options: dict[str, Any] = {
+            "bnb_4bit_quant_type": config.quant_type,
+            "bnb_4bit_use_double_quant": config.double_quant,
+        }
         if config.compute_dtype:
             options["bnb_4bit_compute_dtype"] = config.compute_dtype
         kwargs["quantization_config"] = {"load_in_4bit": True, **options}
@@ -196,7 +198,7 @@ def _lora(preset: dict[str, Any], config: type) -> Pass:
                 problems += [problem.removeprefix(".") for problem in error.problems]
         for data in (asked["data"], asked.get("eval_data")):
             if data is not None:
-                data_file(data.path)
+                data_source(data, job.on_event, fetch=False)
         if problems:
             raise ConfigError(problems)
 
@@ -251,14 +253,15 @@ def _rtn(config: RtnPass) -> ExportConfig:
     return ExportConfig(precision="int4", algorithm="rtn", **values)
 
 
-def _extract(job: PassJob, folder: Path) -> StageFolder:
+def _extract(job: PassJob, folder: Path) -> None:
     from phinetune.workflow.export_adapters import export_adapters
 
-    return export_adapters(
+    wanted = [] if job.config.format == "onnx_adapter" else [job.config.format]
+    export_adapters(
         [job.input],
         folder,
         {"precision": job.config.precision},
-        format=job.config.format,
+        formats=["onnx_adapter", *wanted],
         overwrite=True,
         on_event=job.on_event,
     )

@@ -42,7 +42,7 @@ def open_study(workflow: Workflow, search: SearchConfig, name: str, limit: int) 
     """The study called `name`, made if need be. Raises ConfigError for a storage that cannot be opened."""
     import optuna
 
-    directions = ["minimize"] * max(1, len(workflow.goals.objectives))
+    directions: Any = ["minimize"] * max(1, len(workflow.goals.objectives))
     sampler = _sampler(search, bool(workflow.goals.constraints), limit)
     storage = _storage(workflow, search)
     with quiet_optuna():
