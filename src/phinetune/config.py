@@ -6,11 +6,13 @@ copied field by field: the object validated here is the object the code receives
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,6 +108,15 @@ def locate(error: ConfigError, text: str, file: Path) -> ConfigError:
         line = _line(root, re.findall(r"[^.\[\]]+", path.group())) if path else None
         problems.append(f"{file}:{line}: {problem}" if line else f"{file}: {problem}")
     return ConfigError(problems, error.hint)
+
+
+@contextlib.contextmanager
+def located(file: str | Path) -> Iterator[None]:
+    """ConfigErrors raised inside get the lines of `file`; see `locate`."""
+    try:
+        yield
+    except ConfigError as error:
+        raise locate(error, Path(file).read_text(encoding="utf-8-sig"), Path(file)) from error.__cause__
 
 
 def _line(node: Any, path: list[str]) -> int | None:

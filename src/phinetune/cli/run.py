@@ -51,6 +51,7 @@ def run_file(
     --set passes.lora.r=8 changes any key. Exit code 3: no trial meets every constraint.
     """
     from phinetune.cli.console import Terminal
+    from phinetune.config import located
     from phinetune.olive.reading import read_any
     from phinetune.workflow.plan import prepare
     from phinetune.workflow.requirements import required_packages
@@ -66,7 +67,8 @@ def run_file(
         if list_required_packages:
             typer.echo("\n".join(required_packages(workflow_config, entries)))
             return
-        workflow = prepare(workflow_config, entries, on_event, fetch=not dry_run)
+        with located(chosen):
+            workflow = prepare(workflow_config, entries, on_event, fetch=not dry_run)
         if not dry_run:
             from phinetune.workflow.run import run_workflow
 

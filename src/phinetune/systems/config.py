@@ -83,12 +83,15 @@ class AcceleratorConfig:
     device: Literal["cpu", "gpu", "npu", "any"] = "cpu"
     """Kind of processor: cpu, gpu, npu, or any."""
     execution_provider: str | None = None
-    """ONNX Runtime's execution provider, such as CUDAExecutionProvider. Default: the device's own choice."""
+    """ONNX Runtime's execution provider, such as CUDAExecutionProvider or, in the builder's words, cuda. Default: the device's own choice."""
     memory: int | str | None = None
     """Memory of the device: bytes, or a text such as "16GB" (1 GB is 10^9 bytes, 1 GiB is 2^30)."""
 
     def __post_init__(self) -> None:
         problems = []
+        full = next((n for n, (_, short) in PROVIDERS.items() if short and short == self.execution_provider), None)
+        if full is not None:
+            object.__setattr__(self, "execution_provider", full)
         if self.device not in _DEVICES:
             problems.append(f"device: must be one of {', '.join(_DEVICES)} (found: {self.device!r})")
         name = self.execution_provider

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from phinetune.artifact import file_hash
+from phinetune.artifact import content_key, file_hash
 from phinetune.config import parse
 from phinetune.data.messages import DataConfig
 from phinetune.errors import ConfigError, did_you_mean
@@ -114,7 +114,7 @@ def script_passes(script: str, path: str) -> dict[str, Pass]:
     file = Path(script).expanduser()
     if not file.is_file():
         raise ConfigError(f"{path}: {script}: no such file")
-    name = f"phinetune_user_script_{file_hash(file)[:12]}"
+    name = f"phinetune_user_script_{content_key(str(file.resolve()), file_hash(file))[:12]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         if spec is None or spec.loader is None:
