@@ -1,35 +1,46 @@
-"""Write docs/cli.md and docs/config.md from the code; with --check, say whether they are current.
+"""Write docs/cli.md, docs/config.md and docs/workflow.schema.json from the code; with --check, say whether they are current.
 
 python docs/generate.py [--check]
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import io
-import itertools
+import json
 import os
 import sys
-import textwrap
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from phinetune.cli.app import main
+import typer
+
+from phinetune.cli.app import app, main
 from phinetune.data.messages import DataConfig
 from phinetune.exporting.config import ExportConfig
 from phinetune.lora.config import LoraConfig
 from phinetune.systems.config import AcceleratorConfig, SystemConfig
+from phinetune.workflow.config import EvaluateConfig, ModelConfig, PackageConfig, SearchConfig, WorkflowConfig
+from phinetune.workflow.passes import Pass
+from phinetune.workflow.schema import field_docs, workflow_schema
+from phinetune.workflow.stages import PASSES
 
 DOCS = Path(__file__).parent
-COMMANDS = ("finetune", "evaluate", "merge", "export", "chat", "quickstart", "info")
 CONFIGS = (
     (DataConfig, "data", "`data` of `finetune` and `evaluate`: which file, and how a row becomes a conversation."),
     (LoraConfig, "peft_config", "`peft_config` of `finetune`: the names of PEFT's `LoraConfig`."),
     (ExportConfig, "export_config", "`export_config` of `export`: how the ONNX model is built."),
-    (SystemConfig, "a system", "Where work runs (see [systems](systems.md))."),
+    (
+        WorkflowConfig,
+        "A workflow file",
+        "The keys of a file for `run`. A JSON Schema for editors: [workflow.schema.json](workflow.schema.json).",
+    ),
+    (ModelConfig, "model in a workflow", "`model`, where it is more than a name."),
+    (EvaluateConfig, "evaluate", "`evaluate`: what is measured, and on what."),
+    (SearchConfig, "search", "`search`: how spaces are searched."),
+    (SystemConfig, "systems", "An entry of `systems`: where work runs (see [systems](systems.md))."),
     (AcceleratorConfig, "accelerator", "`accelerator` of a system: what the result is for."),
+    (PackageConfig, "package", "`package`: a zip file of the result."),
 )
 MARK = "<!-- Written by docs/generate.py; do not edit. -->\n"
 
@@ -43,21 +54,19 @@ def help_of(*args: str) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
 
 
+def command_names() -> list[list[str]]:
+    """The words of every command, those of groups included, in the order of the help."""
+    names = []
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        names += [[name], *([name, inner] for inner in getattr(command, "commands", {}))]
+    return names
+
+
 def cli() -> str:
     """The page of commands."""
     parts = [MARK, "# Commands\n", f"```\n{help_of()}\n```\n"]
-    parts += [f"## phinetune {name}\n\n```\n{help_of(name)}\n```\n" for name in COMMANDS]
+    parts += [f"## phinetune {' '.join(words)}\n\n```\n{help_of(*words)}\n```\n" for words in command_names()]
     return "\n".join(parts)
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """Field -> the string under it in the source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-    docs = {}
-    for field, below in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            docs[ast.unparse(field.target)] = str(below.value.value)
-    return docs
 
 
 def default_text(field: dataclasses.Field[object]) -> str:
@@ -68,19 +77,47 @@ def default_text(field: dataclasses.Field[object]) -> str:
     return "needed" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
 
 
+def table(cls: type) -> list[str]:
+    """A row for each key of a config dataclass."""
+    docs = field_docs(cls)
+    rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for field in dataclasses.fields(cls):
+        default = default_text(field)
+        kind = str(field.type).replace("|", "\\|")
+        rows.append(f"| `{field.name}` | `{kind}` | {default} | {docs[field.name]} |")
+    return rows
+
+
 def config() -> str:
     """The page of configuration keys."""
     parts = [MARK, "# Configuration\n", INTRODUCTION]
     for cls, name, what in CONFIGS:
-        docs = field_docs(cls)
-        parts.append(f"## {name}\n\n{what}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |")
-        for field in dataclasses.fields(cls):
-            default = default_text(field)
-            kind = str(field.type).replace("|", "\\|")
-            parts.append(f"| `{field.name}` | `{kind}` | {default} | {docs[field.name]} |")
-        parts.append("")
-    return "\n".join(parts)
+        parts += [f"## {name}\n\n{what}\n", *table(cls), ""]
+    parts.append(f"## Passes\n\n{PASSES_INTRODUCTION}")
+    by_config: dict[type, list[tuple[str, Pass]]] = {}
+    for name, pass_ in PASSES.items():
+        by_config.setdefault(pass_.config, []).append((name, pass_))
+    for cls, passes in by_config.items():
+        takes, gives = " or ".join(passes[0][1].takes), passes[0][1].gives
+        title = ", ".join(name for name, _ in passes)
+        if cls in [c for c, *_ in CONFIGS]:
+            known = next(name for c, name, _ in CONFIGS if c is cls)
+            parts += [f"### {title}\n\nFrom {takes} to {gives}. Its keys are those of [{known}](#{known}).\n"]
+            continue
+        flat = " The keys of [peft_config](#peft_config) may stand beside these." if passes[0][1].known else ""
+        parts += [f"### {title}\n\nFrom {takes} to {gives}.{flat}\n", *table(cls), ""]
+    return "\n".join(parts).rstrip() + "\n"
 
+
+def schema() -> str:
+    """The JSON Schema of workflow files, with phinetune's own passes."""
+    return json.dumps(workflow_schema(PASSES), indent=2, ensure_ascii=False) + "\n"
+
+
+PASSES_INTRODUCTION = """\
+Every entry of `passes` may also have `type` (which pass; default: its name), `host` (the system where it runs), `evaluate` (score what it
+leaves) and `user_script` (see [extending](extending.md)). Artifacts are of three kinds: `hf` (a model), `adapter`, `onnx`.
+"""
 
 INTRODUCTION = """\
 A file for `--config` (YAML or JSON) holds the arguments of the function of the same name; options on the command line win over it, and
@@ -106,9 +143,9 @@ learning rate, warm-up, logging and checkpoint intervals are derived from the ru
 
 
 def run(check: bool) -> int:
-    """Write both pages, or compare them; the exit code."""
+    """Write the pages, or compare them; the exit code."""
     stale = 0
-    for name, text in (("cli.md", cli()), ("config.md", config())):
+    for name, text in (("cli.md", cli()), ("config.md", config()), ("workflow.schema.json", schema())):
         file = DOCS / name
         if check and (not file.exists() or file.read_text(encoding="utf-8") != text):
             print(f"{file} is stale: run make docs")

@@ -16,6 +16,7 @@ from phinetune import __version__
 from phinetune.cli.flags import BaseModel, Completion, ConfigFile, Data, Model, Output, Overwrite, Prompt, Quiet, Set
 from phinetune.cli.info import info
 from phinetune.cli.run import migrate, run_file
+from phinetune.cli.workflow_files import register as register_workflow_files
 
 app = typer.Typer(
     name="phinetune",
@@ -305,6 +306,7 @@ def quickstart(
 app.command("run")(run_file)
 app.command()(migrate)
 app.command()(info)
+register_workflow_files(app)
 
 
 def main(argv: list[str] | None = None) -> int:
