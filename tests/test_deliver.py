@@ -262,6 +262,9 @@ def test_a_table_row_for_each_trial(searched: Workflow) -> None:
     assert [(r.number, r.best, r.front, r.feasible) for r in rows] == [
         (0, True, True, True), (1, False, True, True), (2, False, False, True), (3, False, False, False), (4, False, False, False),
     ]  # fmt: skip
+    other = replace(make_trial(searched, 5, 2, 0.6, 1e6), chosen={"passes.lora": 1, "passes.lora.r": 2})
+    (row,) = results_table(RunResult(searched.goals, BASE, (other,)))
+    assert row.chosen == {"passes.lora": "LoRA", "passes.lora.r": 2}
     assert rows[3].missed and rows[4].error and rows[1].values["exact_match"] == 0.9
 
 

@@ -169,14 +169,15 @@ def results(workflow: Workflow, result: RunResult) -> dict[str, Any]:
 
 
 def results_table(result: RunResult) -> list[TrialRow]:
-    """A row for each trial, in order."""
+    """A row for each trial, in order. Where a pass has alternatives, the chosen one is said by its type."""
     best, on_front = result.best, {t.number for t in result.front}
-    return [
-        TrialRow(
-            t.number, dict(t.chosen), dict(t.values), t.feasible, dict(t.missed), t.error, t.number in on_front, t is best
-        )
-        for t in result.trials
-    ]  # fmt: skip
+    rows = []
+    for t in result.trials:
+        types = {f"passes.{s.name}": s.type for s in t.steps}
+        chosen = {path: types.get(path, value) for path, value in t.chosen.items()}
+        values, missed = dict(t.values), dict(t.missed)
+        rows.append(TrialRow(t.number, chosen, values, t.feasible, missed, t.error, t.number in on_front, t is best))
+    return rows
 
 
 def footprint(workflow: Workflow, result: RunResult) -> dict[str, Any]:

@@ -151,8 +151,8 @@ def _of_pass(name: str, pass_: Pass, definitions: Schema) -> Schema:
 
 def _or_space(schema: Schema) -> Schema:
     """`schema`, or a space of such values; in a group of keys, for each value."""
-    outer = {key: schema[key] for key in ("description", "default") if key in schema}
-    inner = {key: value for key, value in schema.items() if key not in outer}
+    outer: Schema = {key: schema[key] for key in ("description", "default") if key in schema}
+    inner: Schema = {key: value for key, value in schema.items() if key not in outer}
     if inner.get("type") == "object":
         each = inner.get("additionalProperties")
         return {**outer, **inner, **({"additionalProperties": _or_space(each)} if isinstance(each, dict) else {})}
