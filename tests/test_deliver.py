@@ -19,13 +19,11 @@ from phinetune.errors import OutputError
 from phinetune.events import Event, Note
 from phinetune.workflow.config import PackageConfig, WorkflowConfig, parse_workflow
 from phinetune.workflow.deliver import as_run, check_place, deliver, results_table
-from phinetune.workflow.goals import parse_goals
 from phinetune.workflow.outcome import RunResult, StepResult, TrialResult
 from phinetune.workflow.plan import Workflow, prepare
 from phinetune.workflow.redact import is_secret, without_secrets
 from tiny import PROMPT
 
-METRICS = ["exact_match", "size", "latency_p50"]
 SEARCH = {
     "constraints": ["size <= 2 MB", "exact_match >= base - 0.1"],
     "objectives": ["min size", "max exact_match"],
@@ -53,7 +51,7 @@ def make_workflow(root: Path, model: Path, data: Path, **more: Any) -> Workflow:
         **more,
     }
     config, entries = parse_workflow(values)
-    return prepare(config, entries, parse_goals(config.constraints, config.objectives, METRICS))
+    return prepare(config, entries)
 
 
 def make_trial(workflow: Workflow, number: int, rank: int, exact: float, size: float, **more: Any) -> TrialResult:
@@ -258,14 +256,13 @@ def test_a_plain_run_has_no_front_and_removes_an_old_one(
 
 
 def test_a_table_row_for_each_trial(searched: Workflow) -> None:
-    rows = results_table(make_result(searched))
-    assert [(r.number, r.best, r.front, r.feasible) for r in rows] == [
-        (0, True, True, True), (1, False, True, True), (2, False, False, True), (3, False, False, False), (4, False, False, False),
-    ]  # fmt: skip
-    other = replace(make_trial(searched, 5, 2, 0.6, 1e6), chosen={"passes.lora": 1, "passes.lora.r": 2})
-    (row,) = results_table(RunResult(searched.goals, BASE, (other,)))
-    assert row.chosen == {"passes.lora": "LoRA", "passes.lora.r": 2}
-    assert rows[3].missed and rows[4].error and rows[1].values["exact_match"] == 0.9
+    header, rows = results_table(make_result(searched))
+    assert header == ("trial", "lora.r", "exact match (%)", "size (MB)", "")
+    assert rows[0] == ("0", "2", "60", "1", "chosen") and rows[1] == ("1", "4", "90", "1.5", "on the front")
+    assert rows[2][-1] == "" and rows[3][-1] == "misses size <= 2 MB"
+    assert rows[4] == ("4", "4", "-", "-", "the loss is not finite")
+    other = replace(make_trial(searched, 5, 2, 0.6, 1e6), chosen={"passes.lora": 1})
+    assert results_table(RunResult(searched.goals, BASE, (other,)))[1][0][:2] == ("5", "LoRA")
 
 
 @pytest.mark.parametrize("name", ["model", "results.json", "footprint.json", "workflow.json", "pareto.svg"])

@@ -10,7 +10,6 @@ import pytest
 
 from phinetune.errors import ConfigError
 from phinetune.workflow.config import read_workflow
-from phinetune.workflow.goals import parse_goals
 from phinetune.workflow.passes import GROUP
 from phinetune.workflow.plan import Workflow, prepare
 from phinetune.workflow.run import run_workflow
@@ -35,7 +34,7 @@ def folder(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def load(*settings: str) -> Workflow:
     config, entries = read_workflow("workflow.yaml", ["cache_dir=cache", *settings])
-    return prepare(config, entries, parse_goals(config.constraints, config.objectives, ["exact_match"]))
+    return prepare(config, entries)
 
 
 def test_the_pass_runs_and_is_searched_over(folder: Path) -> None:

@@ -126,7 +126,7 @@ def test_init_writes_a_file_that_a_run_accepts_and_never_overwrites(
     said = capsys.readouterr()
     assert "phinetune run phinetune.yaml" in said.out and "guessed" in said.err
     config, entries = read_workflow("phinetune.yaml", [f"cache_dir={tmp_path / 'cache'}"])
-    workflow = prepare(config, entries, parse_goals([], [], []))
+    workflow = prepare(config, entries)
     assert [s.entry.name for s in workflow.steps({})] == ["lora", "merge", "int4"]
     (tmp_path / "phinetune.yaml").write_text("mine")
     assert main(command) == 2 and (tmp_path / "phinetune.yaml").read_text() == "mine"
@@ -141,6 +141,6 @@ def test_the_starting_workflow_trains(tmp_path: Path, tone_file: Path, llama_fol
     values = read_yaml(text, "starter")
     values["passes"]["lora"]["training_config"] = {"max_steps": 1}
     config, entries = parse_workflow({**values, "cache_dir": str(tmp_path / "cache")})
-    step = prepare(config, entries, parse_goals([], [], [])).steps({})[0]
+    step = prepare(config, entries).steps({})[0]
     step.pass_.run(step.job, step.job.output)
     assert (step.job.output / "adapter_config.json").is_file()

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.artifact import disk_errors
+from phinetune.evaluation.measurements import measurements
 from phinetune.events import Note, OnEvent
 from phinetune.workflow.outcome import RunResult, TrialResult
 
 FRONT, CHART = "pareto.json", "pareto.svg"
-_SHARES = ("exact_match", "accuracy", "f1", "precision", "recall", "stop_rate")
+_SHOWN_UNITS = {"bytes": ("MB", 1e-6), "share": ("%", 100.0)}
 
 
 def front(result: RunResult) -> dict[str, Any]:
@@ -32,16 +33,9 @@ def front(result: RunResult) -> dict[str, Any]:
 
 def axis(metric: str) -> tuple[str, float]:
     """(label with its unit, factor from the value to that unit) of a metric."""
-    name = metric.replace("_", " ")
-    if metric in ("size", "memory"):
-        return f"{name} (MB)", 1e-6
-    if metric.startswith(("latency", "time_to_first_token")):
-        return f"{name} (ms)", 1.0
-    if metric.startswith("throughput"):
-        return f"{name} (tokens/s)", 1.0
-    if metric in _SHARES:
-        return f"{name} (%)", 100.0
-    return (f"{name} (nats per token)", 1.0) if metric == "loss" else (name, 1.0)
+    found, name = measurements().get(metric), metric.replace("_", " ")
+    unit, factor = _SHOWN_UNITS.get(found.unit, (found.unit, 1.0)) if found else ("", 1.0)
+    return f"{name} ({unit})" if unit else name, factor
 
 
 def draw_front(result: RunResult, file: Path, on_event: OnEvent) -> None:

@@ -17,7 +17,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from phinetune.artifact import MANIFEST, building, disk_errors, folder_bytes, re
 from phinetune.errors import OutputError, PhinetuneError
 from phinetune.events import Note, OnEvent
 from phinetune.generation.load import find
-from phinetune.workflow.chart import CHART, FRONT, draw_front, front
-from phinetune.workflow.config import WorkflowConfig
+from phinetune.workflow.chart import CHART, FRONT, axis, draw_front, front
+from phinetune.workflow.config import WorkflowConfig, as_values
 from phinetune.workflow.goals import Goals, Values
 from phinetune.workflow.outcome import RunResult, StepResult, TrialResult
 from phinetune.workflow.package import pack
@@ -36,20 +36,6 @@ from phinetune.workflow.redact import without_secrets
 MODEL, RESULTS, FOOTPRINT, CONFIG = "model", "results.json", "footprint.json", "workflow.json"
 AS_RUN = "urn:phinetune:workflow-as-run"
 """`$schema` of a configuration that a run wrote, by which it is known as ours."""
-
-
-@dataclass(frozen=True)
-class TrialRow:
-    """One trial for a table: `best` is the chosen one, `front` one that no other beats."""
-
-    number: int
-    chosen: dict[str, Any]
-    values: dict[str, float]
-    feasible: bool
-    missed: dict[str, float]
-    error: str
-    front: bool
-    best: bool
 
 
 def check_place(output: Path) -> None:
@@ -131,8 +117,7 @@ def deliver_model(step: StepResult, folder: Path, on_event: OnEvent) -> None:
 
 def as_run(config: WorkflowConfig, left_out: list[str] | None = None) -> dict[str, Any]:
     """The configuration as `phinetune run` reads it, from any folder of this machine: paths absolute, secrets out."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
-    values = {key: value for key, value in values.items() if value is not None}
+    values: dict[str, Any] = json.loads(json.dumps(as_values(config), default=str))
     values["output_dir"] = _absolute(values["output_dir"], always=True)
     if "cache_dir" in values:
         values["cache_dir"] = _absolute(values["cache_dir"], always=True)
@@ -168,16 +153,24 @@ def results(workflow: Workflow, result: RunResult) -> dict[str, Any]:
     return found
 
 
-def results_table(result: RunResult) -> list[TrialRow]:
-    """A row for each trial, in order. Where a pass has alternatives, the chosen one is said by its type."""
+def results_table(result: RunResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(names of the columns, a row of texts for each trial): number, chosen values, metrics, and what is to be said of it.
+
+    Where a pass has alternatives, the chosen one is said by its type. Shares are in percent, sizes in MB.
+    """
     best, on_front = result.best, {t.number for t in result.front}
+    paths = list(dict.fromkeys(path for t in result.trials for path in t.chosen))
+    metrics = list(dict.fromkeys(name for t in result.trials for name in t.values))
+    header = ("trial", *(p.removeprefix("passes.") for p in paths), *(axis(m)[0] for m in metrics), "")
     rows = []
     for t in result.trials:
         types = {f"passes.{s.name}": s.type for s in t.steps}
-        chosen = {path: types.get(path, value) for path, value in t.chosen.items()}
-        values, missed = dict(t.values), dict(t.missed)
-        rows.append(TrialRow(t.number, chosen, values, t.feasible, missed, t.error, t.number in on_front, t is best))
-    return rows
+        chosen = [str(types.get(path, t.chosen[path])) if path in t.chosen else "-" for path in paths]
+        values = [f"{t.values[m] * axis(m)[1]:.4g}" if m in t.values else "-" for m in metrics]
+        missed = "misses " + ", ".join(t.missed) if t.missed else ""
+        said = "chosen" if t is best else "on the front" if t.number in on_front and result.goals.objectives else ""
+        rows.append((str(t.number), *chosen, *values, t.error or missed or said))
+    return header, rows
 
 
 def footprint(workflow: Workflow, result: RunResult) -> dict[str, Any]:
@@ -251,7 +244,7 @@ def _constraints(goals: Goals, values: Values, base: Values) -> list[dict[str, A
 def _trial(trial: TrialResult, on_front: bool) -> dict[str, Any]:
     return {
         "number": trial.number, "chosen": plain(trial.chosen), "values": plain(trial.values), "feasible": trial.feasible,
-        "front": on_front, "missed": plain(trial.missed), "error": trial.error, "final": trial.final,
+        "front": on_front, "missed": plain(trial.missed), "error": trial.error, "truncated": trial.truncated,
         "seconds": round(sum(s.seconds for s in trial.steps), 2),
         "steps": [{"pass": s.name, "type": s.type, "kind": s.kind, "key": s.key, "seconds": s.seconds} for s in trial.steps],
     }  # fmt: skip

@@ -125,8 +125,7 @@ def _trained_prompt(trained: dict[str, Any]) -> tuple[str, bool]:
         config = parse_data_config(trained)
     except PhinetuneError:  # a model that was never trained here
         return _ANY, True
-    templates = getattr(config, "templates", None)
-    return (templates[0] if templates else config.prompt) or _ANY, bool(getattr(config, "chat", True))
+    return (config.templates[0] if config.templates else _ANY), config.chat
 
 
 def _rendered(contract: PromptContract, template: str, fields: list[str], system: str | None) -> str:
