@@ -27,7 +27,11 @@ from phinetune.workflow.stages import PASSES
 
 DOCS = Path(__file__).parent
 CONFIGS = (
-    (DataConfig, "data", "`data` of `finetune` and `evaluate`: which file, and how a row becomes a conversation."),
+    (
+        DataConfig,
+        "data",
+        "`data` of `finetune` and `evaluate`, and `eval_data` of `finetune`: which rows, and how they become examples.",
+    ),
     (LoraConfig, "peft_config", "`peft_config` of `finetune`: the names of PEFT's `LoraConfig`."),
     (ExportConfig, "export_config", "`export_config` of `export`: how the ONNX model is built."),
     (

@@ -66,7 +66,8 @@ def finetune(
     from model and data, and said. The same command after a kill goes on from the last checkpoint.
 
     --set training_config.KEY=VALUE takes the names of transformers.TrainingArguments, peft_config.KEY those of PEFT's LoraConfig,
-    model_kwargs.KEY those of from_pretrained, data.KEY: path, prompt, completion, system, test_fraction, seed, max_length (tokens).
+    model_kwargs.KEY those of from_pretrained, data.KEY: path, prompt, completion, system, test_fraction, seed, max_length (tokens), text
+    (learn whole texts), strategy (rows, join, sliding-window), rows, split, ...; eval_data.KEY: another file, held out whole.
     """
     from phinetune.cli.console import Terminal, out
     from phinetune.cli.options import arguments

@@ -29,10 +29,17 @@ def make_blocks(
 
     `joiner` are the ids put after each row. `ledger` counts rows that are split, their pieces, and what is left out.
     """
-    joined = ((r["input_ids"] + [*joiner], r["labels"] + [*joiner], r["place"]) for r in rows)
+    stream = config.strategy == "sliding-window" or config.attend_across
+
+    def joined() -> Iterator[Row]:
+        for row in rows:
+            # in a stream even a row's first token has one before it that predicts it
+            labels = row["input_ids"] if stream and config.learn_prompt else row["labels"]
+            yield [*row["input_ids"], *joiner], [*labels, *joiner], row["place"]
+
     if config.strategy == "sliding-window":
-        return _windows(joined, length, config.stride or length, ledger)
-    return _windows(joined, length, length, ledger) if config.attend_across else _packed(joined, length, ledger)
+        return _windows(joined(), length, config.stride or length, ledger)
+    return _windows(joined(), length, length, ledger) if config.attend_across else _packed(joined(), length, ledger)
 
 
 def _packed(rows: Iterable[Row], length: int, ledger: Ledger) -> Iterator[Example]:
