@@ -189,7 +189,8 @@ def export(
     model: Model = None,
     output: Output = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", "-p", help="int4, fp16 or fp32 (default: int4).", show_default=False)
+        str | None,
+        typer.Option("--precision", "-p", help="int4, int8, bf16, fp16, fp32 (default: int4).", show_default=False),
     ] = None,
     base_model: BaseModel = None,
     config: ConfigFile = None,
@@ -200,7 +201,8 @@ def export(
     """Write a model as a verified ONNX Runtime GenAI folder. An adapter is merged first.
 
     --set export_config.KEY=VALUE: block_size (weights per scale, default 32), symmetric (true), accuracy_level (0 to 4, default 4),
-    algorithm (default, rtn, k_quant, k_quant_mixed), execution_provider (cpu, cuda, dml, webgpu).
+    algorithm (default, rtn, k_quant, k_quant_mixed, ...), execution_provider (cpu, cuda, dml, webgpu), and more: docs/config.md.
+    --set adapters=[A,B]: adapters of the base model --model, kept apart as FOLDER/A.onnx_adapter, which chat and evaluate take.
     """
     from phinetune.cli.console import Terminal, out
     from phinetune.cli.options import arguments

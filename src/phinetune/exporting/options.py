@@ -168,6 +168,10 @@ def _traps(config: ExportConfig, model_config: dict[str, Any], builder: Builder)
             yield f"use_qdq: cannot be built where input and output embedding share one weight; {remedy}"
         if config.op_types_to_quantize is not None and set(config.op_types_to_quantize) != {"MatMul", "Gather"}:
             yield f"op_types_to_quantize: the builder takes both where input and output embedding share one weight; {remedy}"
+    elif "Gather" in (config.op_types_to_quantize or ()) and config.algorithm != "default":
+        yield f"op_types_to_quantize: the builder passes over embeddings (Gather) for the algorithm {config.algorithm}"
+    if config.use_cuda_bf16 and config.algorithm != "default":
+        yield f"use_cuda_bf16: the builder fails at weights in bf16 for the algorithm {config.algorithm}"
     with_zero_points = config.algorithm.startswith("k_quant") or (
         config.algorithm.startswith("rtn") and not config.symmetric
     )

@@ -178,12 +178,12 @@ def run_graph(folder: Path, ids: Sequence[int], embeddings: Any = None) -> dict[
 
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+    head = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]["head_size"]
     feed: dict[str, Any] = {}
     for entry in session.get_inputs():
         kind = kinds[entry.type]
         if entry.name.startswith("past"):
-            sizes = [1 if i == 0 else d if isinstance(d, int) else 0 for i, d in enumerate(entry.shape)]
-            feed[entry.name] = np.zeros(sizes, kind)
+            feed[entry.name] = np.zeros((1, entry.shape[1], 0, head), kind)  # (batch, heads, tokens so far, width)
         elif entry.name == "inputs_embeds":
             random = np.random.default_rng(0).normal(size=(1, len(ids), entry.shape[-1])) * 0.1
             feed[entry.name] = np.asarray(random if embeddings is None else embeddings, kind)
