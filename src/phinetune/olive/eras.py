@@ -231,6 +231,6 @@ def _of_pass(one: dict[str, Any], path: str) -> _Found:
 def _of_evaluator(evaluator: dict[str, Any], path: str) -> _Found:
     if "type" in evaluator:
         yield f"{path}type", SUMMER, None
-    for index, metric in enumerate(evaluator.get("metrics") or []):
+    for index, metric in enumerate(evaluator["metrics"] if isinstance(evaluator.get("metrics"), list) else []):
         if _dict(metric).get("type") == "size_on_disk":
             yield f"{path}metrics[{index}].type", "0.11.0", None

@@ -45,7 +45,10 @@ def model(top: Reader, context: Context) -> dict[str, Any] | None:
         known = ("HfModel", "PyTorchModel", *_OTHER_TYPES)
         reason = "only HfModel, and PyTorchModel with hf_config, can be fine-tuned and exported"
         meant = "" if kind in _OTHER_TYPES else did_you_mean(kind, known)
-        context.report.problem(outer.path("type"), f"{reason}{meant} (found: {kind!r})")
+        context.report.problem(
+            outer.path("type"), f"{reason}{meant} (found: {kind!r})" if kind else "this key is needed"
+        )
+        outer.pass_over()
         return None
     keys = outer.flat("config")
     hf = keys.group("hf_config")

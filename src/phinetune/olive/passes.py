@@ -108,8 +108,7 @@ def _step(
     if kind is None:
         if found:
             report.problem(outer.path("type"), refusal(found))
-        for group in outer.groups:
-            group.read |= set(group.values)
+        outer.pass_over()
         return None
     if kind == "GenAIModelExporter":
         kind = "ModelBuilder"
@@ -152,7 +151,7 @@ def _fold_rtn(steps: dict[str, list[Step]], context: Context) -> dict[str, list[
     result: dict[str, list[Step]] = {}
     folded: Step | None = None
     names = list(steps)
-    for name, following in zip(names, [*names[1:], None], strict=True):
+    for name, following in zip(names, [*names[1:], ""], strict=False):
         found = steps[name]
         after = steps[following] if following else []
         if (

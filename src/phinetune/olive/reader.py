@@ -172,6 +172,12 @@ class Reader:
             self.report.problem(self.path(key), reason)
             self.take(key)
 
+    def pass_over(self, but_like: str = "type") -> None:
+        """Count every key as read, of a group that cannot be read without `but_like`; what looks like a misspelt one stays unread."""
+        for group in self.groups:
+            group.asked.add(but_like)
+            group.read |= {key for key in group.values if not did_you_mean(key, [but_like])}
+
     def group(self, key: str) -> Reader | None:
         """A reader of the dictionary under `key`; None if it is not given."""
         if not self.has(key):

@@ -20,6 +20,7 @@ TYPES = (
     "azureml_datastore",
     "azureml_job_output",
 )
+_SIGNS = ("config", "path", "datastore_name", "datastore_url", "relative_path", "azureml_client", "job_name")
 _AZURE = "kept as an Azure address; Azure is not supported yet, so nothing runs until it is a path on this machine"
 _CLIENT = ("subscription_id", "resource_group", "workspace_name")
 _OF_THE_SDK = dict.fromkeys(
@@ -37,7 +38,7 @@ _OF_THE_SDK = dict.fromkeys(
 
 def is_resource(value: Any) -> bool:
     """True for a dictionary that says its type, as data_files may be; one of split names and files is none."""
-    return isinstance(value, dict) and isinstance(value.get("type"), str) and value["type"].lower() in TYPES
+    return isinstance(value, dict) and (str(value.get("type")).lower() in TYPES or any(key in value for key in _SIGNS))
 
 
 def resource(value: Any, path: str, at: tuple[str, ...], context: Context) -> str | None:
@@ -53,7 +54,13 @@ def resource(value: Any, path: str, at: tuple[str, ...], context: Context) -> st
     kind = str(outer.take("type", str, "")).lower()
     keys = outer.flat("config")
     if kind not in TYPES:
-        report.problem(outer.path("type"), f"no resource is of this type{did_you_mean(kind, TYPES)} (found: {kind!r})")
+        text = (
+            f"no resource is of this type{did_you_mean(kind, TYPES)} (found: {kind!r})"
+            if kind
+            else "this key is needed"
+        )
+        report.problem(outer.path("type"), text)
+        keys.pass_over()
         return None
     if kind in ("file", "folder", "string_name"):
         report.renamed(path, at)

@@ -64,9 +64,13 @@ def _value(setting: Setting, given: Any, place: str, at: tuple[str, ...], contex
         if not choices:
             report.problem(place, "Olive has no search values of its own for this key; list them")
             return UNSET
-    elif isinstance(given, dict) and given.get("olive_parameter_type") == "SearchParameter":
+    elif isinstance(given, dict):
         parameter = report.open(given, place)
-        parameter.take("olive_parameter_type")
+        if parameter.take("olive_parameter_type", str) != "SearchParameter":
+            report.problem(
+                parameter.path("olive_parameter_type"),
+                "must be SearchParameter, where a group of keys stands for a value",
+            )
         kind = parameter.take("type", str, "Categorical")
         choices = parameter.take("support", (list, dict), [])
         for key in ("parents", "default"):

@@ -56,18 +56,24 @@ def read_systems(top: Reader, providers: tuple[str, Any] | None, context: Contex
     given = top.take("systems", dict, {})
     for name, values in given.items():
         _system(name, values, f"systems.{name}", providers, context)
-    if providers is not None:
-        place, value = providers
-        if not given:
-            provider = _provider(value, place, context)
-            name = context.free_name("local_system", context.systems)
-            context.systems[name] = {"type": "local", "accelerator": _accelerator_of(None, provider)}
-        else:
-            name = next(iter(given))
+    if providers is not None and given:
+        name = next(iter(given))
         text = f"is systems.{name}.accelerator.execution_provider now" + (
             ", and that of every other system" if len(given) > 1 else ""
         )
-        context.report.note("renamed", place, text, ("systems", name, "accelerator", "execution_provider"))
+        context.report.note("renamed", providers[0], text, ("systems", name, "accelerator", "execution_provider"))
+
+
+def default_target(providers: tuple[str, Any], context: Context) -> str:
+    """The name of the target of a file (0.3 to 0.5) that names execution providers and no target: this machine, with the first of them."""
+    name = context.free_name("local_system", context.systems)
+    context.systems[name] = {
+        "type": "local",
+        "accelerator": _accelerator_of(None, _provider(providers[1], providers[0], context)),
+    }
+    text = f"is systems.{name}.accelerator.execution_provider now, the target: no other is named"
+    context.report.note("renamed", providers[0], text, ("systems", name, "accelerator", "execution_provider"))
+    return name
 
 
 def system_reference(keys: Reader, key: str, hint: str, context: Context) -> str | None:
@@ -95,9 +101,13 @@ def _system(name: str, values: Any, path: str, providers: tuple[str, Any] | None
     kind = _TYPES.get(given.lower())
     at = ("systems", name)
     if kind is None:
-        report.problem(outer.path("type"), f"no system is of this type{did_you_mean(given, _NAMES)} (found: {given!r})")
-        for group in outer.groups:
-            group.read |= set(group.values)
+        text = (
+            f"no system is of this type{did_you_mean(given, _NAMES)} (found: {given!r})"
+            if given
+            else "this key is needed"
+        )
+        report.problem(outer.path("type"), text)
+        outer.pass_over()
         context.systems[name] = {"type": "local"}
         return
     if given.lower() not in ("localsystem", "pythonenvironment", "docker", "azureml"):

@@ -85,7 +85,8 @@ def training_config(kind: str, keys: Reader, at: tuple[str, ...], context: Conte
     usual = dict(_AFTER if context.era.since(SUMMER) else _BEFORE)
     if context.era.since("0.9.0") and kind not in ("QLoRA", "LoftQ"):
         del usual["optim"]
-    if values.get("max_steps", -1) > 0:
+    steps = values.get("max_steps")
+    if isinstance(steps, int | float) and steps > 0:
         usual.pop("num_train_epochs", None)
     missing = {k: v for k, v in usual.items() if k not in values and _SAME.get(k) not in values}
     if missing:

@@ -20,7 +20,7 @@ from phinetune.olive.model import model
 from phinetune.olive.passes import read_passes
 from phinetune.olive.reader import Note, Reader, Report
 from phinetune.olive.search import read_search
-from phinetune.olive.systems import read_systems, system_reference
+from phinetune.olive.systems import default_target, read_systems, system_reference
 
 _OWN = (
     "input_model", "data_configs", "engine", "evaluators", "azureml_client", "auto_optimizer_config", "pass_flows", "data_root", "workflow_id",
@@ -99,8 +99,8 @@ def _translate(values: dict[str, Any], context: Context, partial: bool) -> dict[
     native["evaluate"], native["constraints"], native["objectives"] = read_evaluation(top, engine, evaluators, context)
     for key in ("host", "target"):
         native[key] = system_reference(engine, key, f"{key}_system", context)
-    if native["target"] is None and providers[1] is not None and context.systems:
-        native["target"] = next(iter(context.systems))
+    if native["target"] is None and providers[1] is not None:
+        native["target"] = default_target((providers[0], providers[1]), context)
     give_azure(place, context)
     native |= read_rest(top, engine, context)
     native["systems"] = context.systems
