@@ -60,10 +60,12 @@ def test_the_result_is_delivered_ready_to_load(llama_folder: Path, tone_file: Pa
     assert next(iter(generator.complete([generator.contract.prompt_ids([{"role": "user", "content": "hi"}])], 3))).ids
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     footprint = json.loads((tmp_path / "out" / "footprint.json").read_text())
-    assert results and {s.key for s in result.trials[0].steps} <= set(footprint)
+    assert results and {s.key for s in result.trials[0].steps} <= set(footprint["artifacts"])
 
 
-def test_a_second_run_does_nothing_and_leaves_the_same_bytes(llama_folder: Path, tone_file: Path, tmp_path: Path) -> None:
+def test_a_second_run_does_nothing_and_leaves_the_same_bytes(
+    llama_folder: Path, tone_file: Path, tmp_path: Path
+) -> None:
     content = lora_workflow(llama_folder, tone_file, tmp_path)
     run(content)
     before = digest(tmp_path / "out", "run.log")
@@ -137,9 +139,7 @@ def test_only_and_until(llama_folder: Path, tmp_path: Path) -> None:
         run(content, until="tow")
 
 
-def test_a_dry_run_computes_nothing(
-    llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_computes_nothing(llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_workflow(tmp_path, values(llama_folder, tmp_path, one={"x": 1}, two={"x": 2}))
     assert main(["run", str(file), "--dry-run"]) == 0
     shown = capsys.readouterr().out
@@ -175,7 +175,11 @@ constraints: [exact_mtch >= 0.9]
     file.write_text(file.read_text().replace("host: far\n", ""))
     assert main(["run", str(file)]) == 2
     shown = capsys.readouterr().err
-    for expected in ("data: nowhere.jsonl: no such file", "passes.quant.type: no pass is called 'ModelBilder', did you mean", "constraints[0]"):
+    for expected in (
+        "data: nowhere.jsonl: no such file",
+        "passes.quant.type: no pass is called 'ModelBilder', did you mean",
+        "constraints[0]",
+    ):
         assert expected in shown
     assert "bad.yaml:8" in shown
 
@@ -196,8 +200,13 @@ def test_a_pass_in_another_python_leaves_the_same_artifact(llama_folder: Path, t
 
 def test_two_runs_at_once_make_everything_once(llama_folder: Path, tmp_path: Path) -> None:
     content = values(llama_folder, tmp_path, one={"x": 1, "seconds": 1.0}, two={"x": 2, "seconds": 0.5})
-    files = [write_workflow(tmp_path, content | {"output_dir": str(tmp_path / f"out{i}")}, f"{i}.json") for i in range(2)]
-    started = [subprocess.Popen([sys.executable, "-m", "phinetune", "run", str(f), "-q"], stderr=subprocess.PIPE) for f in files]
+    files = [
+        write_workflow(tmp_path, content | {"output_dir": str(tmp_path / f"out{i}")}, f"{i}.json") for i in range(2)
+    ]
+    started = [
+        subprocess.Popen([sys.executable, "-m", "phinetune", "run", str(f), "-q"], stderr=subprocess.PIPE)
+        for f in files
+    ]
     assert [p.wait() for p in started] == [0, 0], [p.stderr.read() for p in started if p.stderr]
     assert sorted(line.split()[0] for line in runs(tmp_path)) == ["1", "2"]
     assert digest(tmp_path / "out0" / "model") == digest(tmp_path / "out1" / "model")

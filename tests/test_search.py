@@ -55,7 +55,9 @@ def test_samplers_try_what_they_may_and_nothing_twice(llama_folder: Path, tmp_pa
 
 
 def test_ranges_are_kept(llama_folder: Path, tmp_path: Path) -> None:
-    content = values(llama_folder, tmp_path, pad={"x": {"low": 1, "high": 5, "step": 2}, "y": {"low": 0.5, "high": 4.0, "log": True}})
+    content = values(
+        llama_folder, tmp_path, pad={"x": {"low": 1, "high": 5, "step": 2}, "y": {"low": 0.5, "high": 4.0, "log": True}}
+    )
     content |= {"objectives": ["min size"], "search": {"trials": 8, "sampler": "random"}}
     result = run(content)
     assert {t.chosen["passes.pad.x"] for t in result.trials} <= {1, 3, 5}
@@ -63,7 +65,9 @@ def test_ranges_are_kept(llama_folder: Path, tmp_path: Path) -> None:
 
 
 def test_constraints_decide_before_objectives(llama_folder: Path, tmp_path: Path) -> None:
-    base = run(searched(llama_folder, tmp_path / "a", {"sampler": "exhaustive"}) if (tmp_path / "a").mkdir() is None else {})
+    base = run(
+        searched(llama_folder, tmp_path / "a", {"sampler": "exhaustive"}) if (tmp_path / "a").mkdir() is None else {}
+    )
     smallest = min(t.values["size"] for t in base.trials)
     content = searched(llama_folder, tmp_path / "a", {"sampler": "exhaustive"})
     content |= {"constraints": [f"size >= {smallest + 3000:.0f} bytes"], "output_dir": str(tmp_path / "b")}
@@ -92,7 +96,11 @@ def test_a_failing_trial_is_said_and_the_others_go_on(
     assert "Traceback" not in shown.out + shown.err and "Traceback" in (tmp_path / "out" / "run.log").read_text()
     result = run(content)  # a failed trial is tried again, the others are not
     assert [line.split()[0] for line in runs(tmp_path)] == ["2", "7", "3", "7"]
-    assert sorted((t.chosen["passes.pad.x"], bool(t.error)) for t in result.trials) == [(2, False), (3, False), (7, True)]
+    assert sorted((t.chosen["passes.pad.x"], bool(t.error)) for t in result.trials) == [
+        (2, False),
+        (3, False),
+        (7, True),
+    ]
     only_bad = content | {"passes": {"pad": {**content["passes"]["pad"], "x": 7, "y": {"choices": [1, 2]}}}}
     with pytest.raises(InfeasibleError, match="no trial came to an end: RuntimeError: seven does not work"):
         run(only_bad)
@@ -122,7 +130,10 @@ def test_a_winner_that_the_cache_lost_is_made_again(llama_folder: Path, tmp_path
 
 def test_alternatives_of_a_pass_are_searched(llama_folder: Path, tmp_path: Path) -> None:
     content = values(llama_folder, tmp_path, pad={"x": {"choices": [1, 3]}})
-    content["passes"]["more"] = [{**content["passes"]["pad"], "x": 4}, {**content["passes"]["pad"], "kind": "fancy", "x": {"choices": [2, 3]}}]
+    content["passes"]["more"] = [
+        {**content["passes"]["pad"], "x": 4},
+        {**content["passes"]["pad"], "kind": "fancy", "x": {"choices": [2, 3]}},
+    ]
     content |= {"objectives": ["min size"], "search": {"sampler": "exhaustive"}}
     result = run(content)
     assert result.best is not None and result.best.steps[-1].name == "more"
@@ -130,7 +141,9 @@ def test_alternatives_of_a_pass_are_searched(llama_folder: Path, tmp_path: Path)
 
 
 def test_pass_by_pass_fixes_the_best_of_the_passes_before(llama_folder: Path, tmp_path: Path) -> None:
-    content = values(llama_folder, tmp_path, one={"x": {"choices": [1, 3, 5]}}, two={"y": {"choices": [0.0, 2.0]}, "x": 3})
+    content = values(
+        llama_folder, tmp_path, one={"x": {"choices": [1, 3, 5]}}, two={"y": {"choices": [0.0, 2.0]}, "x": 3}
+    )
     content |= {"objectives": ["min size"], "search": {"sampler": "exhaustive", "order": "pass-by-pass"}}
     result = run(content)
     assert result.best is not None and result.best.chosen["passes.two.y"] == 2.0
@@ -208,7 +221,7 @@ def test_a_training_that_is_behind_is_stopped() -> None:
         ({"search": {"trials": 0}}, "trials must be above 0"),
         ({"search": {"smapler": "tpe"}}, 'search.smapler: unknown key, did you mean "sampler"'),
         ({"search": {"truncate_rank": True}}, "search.truncate_rank: no pass has a space of ranks"),
-        ({"objectives": ["min sise"]}, 'no metric is called \'sise\', did you mean "size"'),
+        ({"objectives": ["min sise"]}, "no metric is called 'sise', did you mean \"size\""),
         ({"objectives": ["smallest size"]}, "not an objective"),
         ({"constraints": ["size <= 3 ms"]}, "size is not counted in ms"),
     ],
@@ -225,6 +238,9 @@ def test_what_cannot_be_searched_is_said_before(
 def test_an_endless_space_cannot_be_searched_exhaustively(llama_folder: Path, tmp_path: Path) -> None:
     content = values(llama_folder, tmp_path, pad={"y": {"low": 0.0, "high": 1.0}, "user_script": {"choices": [1]}})
     with pytest.raises(ConfigError, match="without a step cannot be searched exhaustively"):
-        run(values(llama_folder, tmp_path, pad={"y": {"low": 0.0, "high": 1.0}}) | {"objectives": ["min size"], "search": {"sampler": "exhaustive"}})
+        run(
+            values(llama_folder, tmp_path, pad={"y": {"low": 0.0, "high": 1.0}})
+            | {"objectives": ["min size"], "search": {"sampler": "exhaustive"}}
+        )
     with pytest.raises(ConfigError, match=r"passes.pad.user_script"):
         run(content)

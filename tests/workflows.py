@@ -68,7 +68,9 @@ def values(model: Path, folder: Path, **passes: Any) -> dict[str, Any]:
     script = str(write_script(folder))
     return {
         "model": str(model),
-        "passes": {n: {"type": "Pad", "user_script": script, **p} if isinstance(p, dict) else p for n, p in passes.items()},
+        "passes": {
+            n: {"type": "Pad", "user_script": script, **p} if isinstance(p, dict) else p for n, p in passes.items()
+        },
         "evaluate": {"metrics": ["size"], "input_model": False},
         "output_dir": str(folder / "out"),
         "cache_dir": str(folder / "cache"),
