@@ -167,6 +167,14 @@ def test_the_output_layer_of_a_tied_model_and_an_adapter_without_effect(tmp_path
     assert figures["head"]["products"] == 1
 
 
+def test_a_machine_too_small_for_the_comparison_is_said(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phinetune.model.compute.available_memory", lambda: 1)
+    result = export_adapters([str(made["llama"] / "narrow")], tmp_path / "out")
+    assert "were not compared with torch" in result.manifest["verified"]["not_verified"][0]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -26,13 +26,11 @@ class ExportConfig:
     algorithm: Literal["default", "rtn", "rtn_last", "k_quant", "k_quant_last", "k_quant_mixed", "k_quant_linear"] = (
         "default"
     )
-    """int4, int8: how scales are chosen. int4 only: the _last ones keep the output layer at 8 bits, k_quant_mixed that and the most
-    sensitive layers, k_quant_linear that and layers of linear attention."""
+    """int4, int8: how scales are chosen. int4 only: _last keeps the output layer at 8 bits, _mixed also the most sensitive layers, _linear also linear attention."""
     execution_provider: Literal["cpu", "cuda", "dml", "webgpu"] = "cpu"
     """Where the model will run."""
     op_types_to_quantize: tuple[Literal["MatMul", "Gather"], ...] | None = None
-    """int4, int8: MatMul (the linear layers), Gather (the input embedding, int4 only); by default MatMul, and both where input and output
-    embedding share one weight."""
+    """int4, int8: MatMul (the linear layers), Gather (input embedding, int4 only); by default MatMul, and both where the embeddings share a weight."""
     nodes_to_exclude: tuple[str, ...] = ()
     """int4, int8: products of the graph that stay in floating point, such as /lm_head/MatMul."""
     use_qdq: bool = False
