@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from phinetune.artifact import building, read_manifest
+from phinetune.artifact import building, read_manifest, write_json
 from phinetune.errors import OutputError
 from phinetune.events import Event, Note
 from phinetune.workflow.config import PackageConfig, WorkflowConfig, parse_workflow
 from phinetune.workflow.deliver import as_run, check_place, deliver, results_table
 from phinetune.workflow.outcome import RunResult, StepResult, TrialResult
+from phinetune.workflow.package import sample_code
 from phinetune.workflow.plan import Workflow, prepare
 from phinetune.workflow.redact import is_secret, without_secrets
 from tiny import PROMPT
@@ -380,6 +381,20 @@ def test_the_samples_in_the_packages_answer_as_the_models_do(
         assert "python sample.py PHRASE" in (unpacked / "README.txt").read_text()
     wrong = subprocess.run([sys.executable, "sample.py"], cwd=tmp_path / "unpacked3", capture_output=True, text=True)
     assert wrong.returncode == 1 and "phrase" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_the_sample_asks_as_the_training_did(tmp_path: Path) -> None:
+    def code(**data: Any) -> str:
+        write_json(tmp_path / "manifest.json", {"kind": "adapter", "data": {"path": "d.jsonl", **data}})
+        return sample_code(tmp_path) or ""
+
+    text = code(text="# {phrase}\n{{tone}}: {tone}")
+    assert "PROMPT = '# {phrase}\\n{{tone}}:'" in text and "raw_ids(prompt)" in text
+    pair = code(prompt="{a} and {b}", completion="{c}", system="Be brief, None.")
+    assert "FIELDS = ['a', 'b']" in pair and "'content': 'Be brief, None.'" in pair and "'content': prompt" in pair
+    assert "'{message}'" in code() and "python sample.py MESSAGE" in code()
+    for program in (text, pair, code()):
+        compile(program, "sample.py", "exec")
 
 
 def test_a_foreign_zip_file_stays(searched: Workflow, tmp_path: Path) -> None:

@@ -97,8 +97,8 @@ def sample_code(model: Path) -> str | None:
     head = f"# {_usage(fields)}: the model's answer\n"
     system = (trained or {}).get("system")
     if manifest.get("kind") != "onnx":
-        messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": None}]
-        asked = repr(messages).replace("None", "prompt")
+        asked = f"{{'role': 'system', 'content': {system!r}}}, " if system else ""
+        asked = f"[{asked}{{'role': 'user', 'content': prompt}}]"
         ids = f"prompt_ids({asked})" if chat else "raw_ids(prompt)"
         return head + _PHINETUNE.format(fields=fields, prompt=template, ids=ids, tokens=_ANSWER_TOKENS)
     built = manifest.get("export") or {}
@@ -160,7 +160,7 @@ def _readme(model: Path, code: str | None) -> str:
     lines += ["  sample.py       asks the model one prompt"] if code else []
     if kind == "adapter":
         lines += ["", f"The adapter needs its base model, {manifest.get('base_model')}, which is not in this package."]
-    pins = " ".join(f"{name}=={found[name]}" for name in libraries if name in found)
+    pins = " ".join(f"{name}=={found[name].partition('+')[0]}" for name in libraries if name in found)
     if pins:
         lines += ["", "Made and checked with these versions:", "", f"  pip install {pins}"]
     if code:
