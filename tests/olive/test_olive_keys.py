@@ -15,6 +15,10 @@ from phinetune.config import read_config
 from phinetune.errors import ConfigError
 from phinetune.olive import translate
 from phinetune.olive.registry import ADVICE, TRANSLATED
+from phinetune.workflow.config import parse_workflow
+from phinetune.workflow.goals import parse_goals
+from phinetune.workflow.passes import find_pass, parse_pass, pass_table
+from phinetune.workflow.spaces import fill, find_spaces
 
 CONFIGS = Path(__file__).parent / "configs"
 NAMES = sorted(f.name for f in CONFIGS.iterdir() if ".expected." not in f.name)
@@ -205,6 +209,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no type": (builder(passes={"b": {"precision": "int4"}}), "passes.b.type: this key is needed"),
     "no precision": (builder(passes={"b": {"type": "ModelBuilder"}}), "passes.b.precision: this key is needed"),
     "precision": (builder(passes={"b": {"type": "ModelBuilder", "precision": "int2"}}), 'did you mean "int'),
+    "metadata only": (builder(passes={"b": {"type": "ModelBuilder", "precision": "int4", "metadata_only": True}}), "passes.b.metadata_only: an ONNX model"),
     "training name": (training(training_args={"lerning_rate": 1}), 'passes.l.training_args.lerning_rate: unknown key, did you mean "learning_rate"?'),
     "eval size": (training(eval_dataset_size=0), "eval_dataset_size: must be above 0"),
     "searchable": (training(r="SEARCHABLE_VALUES"), "has several values, and no search is asked for"),
@@ -275,8 +280,16 @@ def test_a_misspelt_pass_type_is_told_what_it_may_mean(name: str) -> None:
     ]
 
 
-def test_translations_are_native_workflows() -> None:
-    native = pytest.importorskip("phinetune.workflow.config")
-    for name in NAMES:
-        config, entries = native.parse_workflow(translate(CORPUS[name]).values)
-        assert config.model.path and entries
+@pytest.mark.parametrize("name", NAMES)
+def test_a_translation_is_a_native_workflow_whose_passes_take_their_keys(name: str) -> None:
+    """Read as a native file is: data, goals, systems, and each pass's own keys with the first value of each space."""
+    values = translate(CORPUS[name]).values
+    config, entries = parse_workflow(values)
+    table = pass_table()
+    for entry in entries:
+        spaces = find_spaces(entry.values, entry.path, [])
+        keys = fill(entry.values, entry.path, {space.path: next(iter(space.choices)) for space in spaces})
+        parse_pass(entry, find_pass(entry, table), keys)
+    known = [*values.get("evaluate", {}).get("metrics", [])]
+    goals = parse_goals(config.constraints, config.objectives, known)
+    assert len(goals.constraints) == len(config.constraints) and config.model.path

@@ -24,7 +24,7 @@ _BUILDER = (
         Setting(name)
         for name in (
             "exclude_embeds", "exclude_lm_head", "include_hidden_states", "enable_cuda_graph", "use_qdq", "use_8bits_moe",
-            "use_webgpu_fp32", "use_cuda_bf16", "metadata_only",
+            "use_webgpu_fp32", "use_cuda_bf16",
         )
     ),
 )  # fmt: skip
@@ -52,6 +52,15 @@ def model_builder(keys: Reader, at: tuple[str, ...], context: Context, disabled:
         context.report.problem(place, text)
     values |= read_settings(_INT4, keys, at, context, disabled or precision != "int4")
     values |= read_settings(_BUILDER, keys, at, context, disabled)
+    if keys.has("metadata_only"):
+        place = keys.path("metadata_only")
+        if keys.take("metadata_only", bool, False):
+            context.report.problem(
+                place,
+                "an ONNX model made elsewhere cannot be given its configuration here; build it from the Hugging Face model",
+            )
+        else:
+            context.report.note("dropped", place, "model and configuration are always built together")
     for name in ("search", "extra_options"):
         if keys.has(name):
             values[name] = keys.take(name, dict)

@@ -149,6 +149,7 @@ def _defaults(kind: str, values: dict[str, Any], keys: Reader, at: tuple[str, ..
     if kind == "QLoRA":
         usual |= {"quant_type": "nf4", "double_quant": not era.since("0.4.0")}
     if kind in ("QLoRA", "LoftQ"):
+        usual |= {"double_quant": False} if kind == "LoftQ" else {}
         usual |= {"target_modules": "all-linear"}
         usual |= {"compute_dtype": keys.take("torch_dtype", str) if keys.has("torch_dtype") else "bfloat16"}
     elif context.model_type in TARGETS:

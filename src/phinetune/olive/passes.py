@@ -33,6 +33,8 @@ class Step:
     place: str
     kind: str
     values: dict[str, Any]
+    merges: bool = False
+    """An OnnxConversion that merges the adapter itself."""
 
 
 def read_passes(top: Reader, context: Context) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
@@ -72,7 +74,7 @@ def read_passes(top: Reader, context: Context) -> tuple[dict[str, Any], list[tup
         reason = "this key is needed; where Olive chose passes by auto_optimizer_config, name them: ModelBuilder with precision int4, say"
         report.problem(top.path("passes"), reason)
     ordered = {name: steps[name] for name in (flow if flow is not None else steps) if name in steps}
-    ordered = _merge_first(_fold_rtn(ordered, context), context)
+    ordered = _merge_first(_fold_extraction(_fold_rtn(ordered, context), context), context)
     native = {name: [s.values for s in found] if len(found) > 1 else found[0].values for name, found in ordered.items()}
     return native, evaluators
 
@@ -143,7 +145,7 @@ def _step(
             keys.path(_MERGE),
             "a MergeAdapterWeights pass before it does it" if merged else "it is a pass of its own",
         )
-    return Step(place, kind, values)
+    return Step(place, kind, values, bool(merged))
 
 
 def _fold_rtn(steps: dict[str, list[Step]], context: Context) -> dict[str, list[Step]]:
@@ -176,6 +178,27 @@ def _fold_rtn(steps: dict[str, list[Step]], context: Context) -> dict[str, list[
     return result
 
 
+def _fold_extraction(steps: dict[str, list[Step]], context: Context) -> dict[str, list[Step]]:
+    """`steps` with an export right before an ExtractAdapters made its precision: base and adapter are written apart from the start."""
+    result: dict[str, list[Step]] = {}
+    names = list(steps)
+    for name, following in zip(names, [*names[1:], ""], strict=False):
+        step, after = steps[name][0], steps[following] if following else []
+        if step.kind in _BUILDING and after and all(s.kind == "ExtractAdapters" for s in after):
+            text = f"is part of passes.{following} now, which writes base and adapter apart from the start"
+            context.report.note("changed", step.place, text, ("passes", following))
+            for one in after:
+                one.values["precision"] = step.values.get("precision", "fp32")
+        else:
+            result[name] = steps[name]
+    for one in [step for found in result.values() for step in found]:
+        if one.kind == "ExtractAdapters" and "precision" not in one.values:
+            text = "precision fp32: as in Olive, where extracting changes no weights"
+            context.report.note("default", one.place, text)
+            one.values["precision"] = "fp32"
+    return result
+
+
 def _merge_first(steps: dict[str, list[Step]], context: Context) -> dict[str, list[Step]]:
     """`steps` with a merge between training and an export that had none, and the base that each merge goes into."""
     result: dict[str, list[Step]] = {}
@@ -187,7 +210,7 @@ def _merge_first(steps: dict[str, list[Step]], context: Context) -> dict[str, li
             text = (
                 f"the adapter is merged first, by passes.{merge}; Olive kept it beside the base in the exported model"
             )
-            if kind != "OnnxConversion":
+            if not found[0].merges:
                 context.report.note("changed", found[0].place, text, ("passes", merge))
             result[merge] = [
                 Step(found[0].place, "MergeAdapterWeights", _base(adapter, found[0].place, merge, context))

@@ -24,7 +24,15 @@ _NAMES = (
     "AzureND96A100System",
     "SurfaceProSystem1796",
 )
-_DEVICES = ("cpu", "gpu", "npu", "cpu_spr", "vpu", "intel_myriad", "any")
+_DEVICES = {
+    "cpu": "cpu",
+    "gpu": "gpu",
+    "npu": "npu",
+    "any": "any",
+    "cpu_spr": "cpu",
+    "vpu": "npu",
+    "intel_myriad": "npu",
+}
 _PROVIDERS = {
     "CPU": "cpu",
     "CUDA": "cuda",
@@ -138,11 +146,8 @@ def _option(key: str, keys: Reader) -> Any:
 
 def _python(keys: Reader, native: dict[str, Any], at: tuple[str, ...], context: Context) -> None:
     if keys.has("python_environment_path"):
-        place = keys.path("python_environment_path")
-        native["python"] = keys.take("python_environment_path", str, "").rstrip("/") + "/python"
-        context.report.note(
-            "changed", place, f"is {dotted(at)}.python now, the interpreter in that folder", (*at, "python")
-        )
+        context.report.renamed(keys.path("python_environment_path"), (*at, "python"))
+        native["python"] = keys.take("python_environment_path", str, "")
     else:
         context.report.problem(keys.path("python_environment_path"), "this key is needed")
     if keys.has("environment_variables"):
@@ -194,18 +199,30 @@ def _accelerator(
             inherited = _provider(one.take("execution_providers", list), one.path("execution_providers"), context)
             report.renamed(one.path("execution_providers"), (*target, "execution_provider"))
     if device is not None and device.lower() not in _DEVICES:
-        report.problem(
-            place, f"must be one of {', '.join(_DEVICES)}{did_you_mean(device, _DEVICES)} (found: {device!r})"
-        )
-    if inherited is None and device is not None and device.lower() in _BY_DEVICE:
-        inherited = _BY_DEVICE[device.lower()]
+        text = f"must be one of {', '.join(_DEVICES)}{did_you_mean(device, _DEVICES)} (found: {device!r})"
+        report.problem(place, text)
+    elif device is not None:
+        native = _DEVICES[device.lower()]
+        if native != device.lower():
+            report.note("changed", place, f"{device} is {native} here", (*target, "device"))
+        device = native
+    if inherited is None and device in _BY_DEVICE:
+        inherited = _BY_DEVICE[device]
         report.note(
             "default", place, f"no execution provider given: {inherited}, as in Olive", (*target, "execution_provider")
         )
-    return _accelerator_of(device.lower() if device else None, inherited) | result
+    found = _accelerator_of(device, inherited)
+    if device is None and "device" in found:
+        report.note(
+            "default", place, f"no device given: {found['device']}, the execution provider's", (*target, "device")
+        )
+    return found | result
 
 
 def _accelerator_of(device: str | None, provider: str | None) -> dict[str, Any]:
+    """The native accelerator; a provider alone says its device."""
+    if device is None and provider is not None:
+        device = "cpu" if provider == "cpu" else "gpu"
     values = {"device": device, "execution_provider": provider}
     return {key: value for key, value in values.items() if value is not None}
 

@@ -88,6 +88,7 @@ def _corpus(keys: Reader, at: tuple[str, ...], context: Context) -> dict[str, An
         report.note("default", keys.path("max_seq_len"), f"not given: {_LENGTH}, as in Olive", (*at, "max_length"))
     else:
         report.renamed(keys.path(name), (*at, "max_length"))
+    length_at = keys.path(name or "max_seq_len")
     values["max_length"] = keys.take(name, int, _LENGTH) if name else _LENGTH
     name = keys.first("strategy", "corpus_strategy")
     place = keys.path(name or "strategy")
@@ -106,7 +107,12 @@ def _corpus(keys: Reader, at: tuple[str, ...], context: Context) -> dict[str, An
         report.note(
             "changed", place, f"is {at[0]}.{at[1]}.strategy {_STRATEGIES[given]} now; {_ROWS_APART}", (*at, "strategy")
         )
-    values |= {"strategy": _STRATEGIES[given], "too_long": "cut"}
+    values["strategy"] = _STRATEGIES[given]
+    if values["strategy"] == "rows" and not values.get("chat"):
+        values["too_long"] = "cut"
+    elif values["strategy"] == "rows":
+        text = "longer chats are left out and counted, where Olive cut them"
+        report.note("changed", length_at, text, (*at, "max_length"))
     values |= _blocks(given, keys, at, context)
     return values
 
