@@ -28,7 +28,7 @@ def read_any(
             translation = translate(values, folder)
             on_event(Note(f"{path}: a configuration of Olive {translation.era.versions}, read as phinetune's own"))
             for note in translation.notes:
-                on_event(Note(f"{note.path}: {note.text}"))
+                on_event(Note(f"{note.kind}: {note}"))
             values = translation.values
         return parse_workflow(apply_settings(values, settings), folder)
     except ConfigError as error:
