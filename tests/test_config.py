@@ -361,10 +361,10 @@ def test_unknown_and_needed_keys_are_named_at_once() -> None:
 def test_a_key_that_yaml_does_not_read_as_text_is_refused(key: str, found: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(f"{key}: 1\n")
     (text,) = argument_error(tmp_path / "c.yaml", [], NEEDED).problems
-    assert text.startswith(f"{tmp_path / 'c.yaml'}: ")
+    assert text.startswith(f"{tmp_path / 'c.yaml'}:1: ")
     assert f"read as {found}" in text
 
 
 def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("data: {seed: 1, seed: 2}\n")
-    assert refusal(tmp_path / "c.yaml") == f"{tmp_path / 'c.yaml'}: seed: this key is given twice"
+    assert refusal(tmp_path / "c.yaml") == f"{tmp_path / 'c.yaml'}:1: seed: this key is given twice"

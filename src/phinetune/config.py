@@ -21,6 +21,7 @@ from phinetune.errors import ConfigError, did_you_mean
 T = TypeVar("T")
 
 _MOST_VALUES = 100_000
+_DEEPEST = 100  # levels of nesting: what reads, copies and compares values does so level by level on the stack
 STRICT = {"extra": "forbid", "use_attribute_docstrings": True}
 """The `__pydantic_config__` of every config dataclass."""
 
@@ -70,10 +71,7 @@ def read_config_text(file: str | Path) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    try:
-        values = read_json(text, str(path)) if path.suffix == ".json" else read_yaml(text, str(path))
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply") from None
+    values = read_json(text, str(path)) if path.suffix == ".json" else read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold key: value pairs, found {type(values).__name__}")
     return text, values
@@ -83,28 +81,51 @@ def read_json(text: str, source: str) -> Any:
     """`text` as JSON in which no key is given twice. Raises ConfigError naming `source`."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in items]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise ConfigError(f"{source}: {twice}: this key is given twice")
-        return dict(items)
+        found: dict[str, Any] = {}
+        for key, value in items:
+            if key in found:
+                raise ConfigError(f"{source}: {key}: this key is given twice")
+            found[key] = value
+        return found
+
+    def constant(name: str) -> Any:
+        raise ConfigError(f"{source}: not valid JSON: {name} is no number of JSON")
 
     try:
-        return json.loads(text, object_pairs_hook=pairs)
+        return _not_too_deep(json.loads(text, object_pairs_hook=pairs, parse_constant=constant), source)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{source}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"{source}: not valid JSON: {str(error).split(';')[0]}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply") from None
+
+
+def _not_too_deep(value: Any, source: str) -> Any:
+    """`value`. Raises ConfigError if it is nested more than `_DEEPEST` levels."""
+    level, depth = [value], 0
+    while level := [v for v in level if isinstance(v, dict | list)]:
+        depth += 1
+        if depth > _DEEPEST:
+            raise ConfigError(f"{source}: nested too deeply")
+        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
+    return value
 
 
 def locate(error: ConfigError, text: str, file: Path) -> ConfigError:
-    """`error` with file and line before each problem whose path ("passes.lora.r: ...") is found in `text`."""
+    """`error` with `file`, and the line of each problem whose path ("passes.lora.r: ...") is found in its `text`; once is enough."""
     import yaml
 
     try:
         root = yaml.compose(text.replace("\t", " "), yaml.SafeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         root = None
     problems = []
     for problem in error.problems:
-        path = re.match(r"[\w.\-\[\]]+(?=:)", problem)
+        if problem.startswith((f"{file}:", "--")):  # has its line already, or comes from the command line
+            problems.append(problem)
+            continue
+        path = re.match(r"[\w. \-\[\]]+(?=:)", problem)
         line = _line(root, re.findall(r"[^.\[\]]+", path.group())) if path else None
         problems.append(f"{file}:{line}: {problem}" if line else f"{file}: {problem}")
     return ConfigError(problems, error.hint)
@@ -136,27 +157,32 @@ def _line(node: Any, path: list[str]) -> int | None:
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """`text` as plain YAML values. Unlike YAML 1.1, 5e-4 is a number, as people mean it. Raises ConfigError naming `source`."""
+    """`text` as plain YAML values. Unlike YAML 1.1, 5e-4 is a number, as people mean it. Raises ConfigError naming `source` and the line."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for key in keys:
+        def compose_mapping_node(self, anchor: Any) -> Any:  # before merges (<<) put the keys of others among its own
+            node = super().compose_mapping_node(anchor)
+            keys: set[str] = set()
+            for name, _ in node.value:
+                if name.tag == "tag:yaml.org,2002:merge":
+                    continue
+                key, where = self.construct_object(name, deep=True), f"{source}:{name.start_mark.line + 1}"
                 if not isinstance(key, str):
                     raise ConfigError(
-                        f"{source}: {key!r} is read as {type(key).__name__}, a key must be text", 'put it in "quotes"'
+                        f"{where}: {key!r} is read as {type(key).__name__}, a key must be text", 'put it in "quotes"'
                     )
-                if keys.count(key) > 1:
-                    raise ConfigError(f"{source}: {key}: this key is given twice")
-            return super().construct_mapping(node, deep)
+                if key in keys:
+                    raise ConfigError(f"{where}: {key}: this key is given twice")
+                keys.add(key)
+            return node
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
     )
     try:
         _refuse_explosion(text, source)
-        return yaml.load(text, Loader)
+        return _not_too_deep(yaml.load(text, Loader), source)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -164,19 +190,28 @@ def read_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}{where}: not valid YAML: {reason}") from None
     except ValueError as error:  # 2024-13-45 is read as a date that cannot be
         raise ConfigError(f"{source}: not valid YAML: {error}", 'put text in "quotes"') from None
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply") from None
 
 
 def _refuse_explosion(text: str, source: str) -> None:
-    """Raises ConfigError for anchors that refer to one another until a few lines stand for millions of values."""
+    """Raises ConfigError for anchors that refer to one another until a few lines stand for millions of values, and for tags of YAML that
+    are no plain values (sets, binary)."""
     import yaml
 
-    sizes: dict[str, int] = {}
+    sizes: dict[str | None, int] = {}
     open_at: list[
         tuple[str | None, int]
     ] = []  # anchors of the collections that are open, and the count when they began
     count = 0
+    aliases = 0
+    event: Any
     for event in yaml.parse(text, yaml.SafeLoader):
+        if (getattr(event, "tag", None) or "").rpartition(":")[2] in ("binary", "set", "omap", "pairs"):
+            where = f"{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+            raise ConfigError(f"{source}:{where}: not valid YAML: the tag {event.tag!r} is not supported here")
         if isinstance(event, yaml.events.AliasEvent):
+            aliases += 1
             count += sizes.get(event.anchor, _MOST_VALUES)  # an alias within its own anchor never ends
         elif isinstance(event, yaml.events.CollectionStartEvent):
             open_at.append((event.anchor, count))
@@ -189,7 +224,7 @@ def _refuse_explosion(text: str, source: str) -> None:
             count += 1
             if event.anchor:
                 sizes[event.anchor] = 1
-        if count >= _MOST_VALUES:
+        if count >= _MOST_VALUES and aliases:
             raise ConfigError(f"{source}: its anchors stand for more than {_MOST_VALUES:,} values", "write them out")
 
 
@@ -217,16 +252,28 @@ def apply_settings(values: dict[str, Any], settings: typing.Sequence[str]) -> di
 
 
 def put(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set the dotted `key` in nested dictionaries, making those on the way. A string on the way (`data: f.jsonl`) becomes its `path`."""
-    *parents, last = key.split(".")
-    for parent in parents:
-        inner = values.get(parent)
-        if isinstance(inner, str) and parent in ("data", "eval_data"):
+    """Set the dotted `key` in nested dictionaries and lists (`passes.q[1].r`), making the dictionaries on the way.
+
+    A string on the way (`data: f.jsonl`) becomes its `path`. What is changed on the way is copied: where an anchor stands in two places,
+    the other one stays as it is.
+    """
+    parts: list[str | int] = [int(n) if n else name for name, n in re.findall(r"([^.\[\]]+)|\[(\d+)\]", key)]
+    place: Any = values
+    for index, part in enumerate(parts):
+        if isinstance(place, list) and not (isinstance(part, int) and part < len(place)):
+            raise ConfigError(
+                f"{key}: {parts[index - 1]} is a list of {len(place)}; say which one, such as {parts[index - 1]}[0]"
+            )
+        if isinstance(place, dict) and isinstance(part, int):
+            raise ConfigError(f"{key}: {parts[index - 1]} is not a list")
+        if index == len(parts) - 1:
+            place[part] = value
+            return
+        inner = place.get(part) if isinstance(place, dict) else place[part]
+        if isinstance(inner, str) and part in ("data", "eval_data"):
             inner = {"path": inner}
-        if inner is None:
-            inner = {}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{key}: {parent} is {inner!r}, not a group of keys")
-        values[parent] = inner
-        values = inner
-    values[last] = value
+        inner = {} if inner is None else copy.copy(inner)
+        if not isinstance(inner, dict) and not (isinstance(inner, list) and isinstance(parts[index + 1], int)):
+            raise ConfigError(f"{key}: {part} is {inner!r}, not a group of keys")
+        place[part] = place = inner
+    raise ConfigError(f"{key!r}: not a key")

@@ -32,7 +32,7 @@ def data_source(config: DataConfig, on_event: OnEvent = log_event, fetch: bool =
     path = Path(config.path).expanduser()
     if config.path not in BUNDLED and path.is_dir():
         return _folder(path, config, on_event)
-    if config.path not in BUNDLED and not path.exists() and _is_hub_id(config):
+    if config.path not in BUNDLED and not path.exists() and is_hub_id(config):
         return _hub(config, on_event, fetch)
     file = data_file(config.path)
     for key in ("split", "subset"):
@@ -44,7 +44,8 @@ def data_source(config: DataConfig, on_event: OnEvent = log_event, fetch: bool =
     return file
 
 
-def _is_hub_id(config: DataConfig) -> bool:
+def is_hub_id(config: DataConfig) -> bool:
+    """True if the path of `config` can only be the name of a data set of the hub."""
     name, path = config.path, Path(config.path)
     if path.suffix.lower() in READERS or not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name):
         return False

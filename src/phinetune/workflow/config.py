@@ -18,6 +18,8 @@ files, which are translated into this form at the edge (`phinetune.olive`).
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ from typing import Any, ClassVar, Literal
 
 from phinetune.config import STRICT, apply_settings, locate, parse, read_config_text
 from phinetune.data.messages import DataConfig, parse_data_config
+from phinetune.data.records import BUNDLED
 from phinetune.errors import ConfigError, did_you_mean
 from phinetune.systems.config import SystemConfig
 
@@ -112,7 +115,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         for name in ("trials", "minutes", "workers"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0")
 
 
@@ -194,7 +197,8 @@ def read_workflow(file: str | Path, settings: Sequence[str] = ()) -> tuple[Workf
 def parse_workflow(values: dict[str, Any], folder: Path | None = None) -> tuple[WorkflowConfig, list[PassEntry]]:
     """(config, entries of the passes) of native values; data files that are not here are looked for in `folder`. Raises one ConfigError with every problem.
 
-    Checked here: keys, types, references between the parts. Checked by the plan: what a pass says of its own keys, files, order.
+    Checked here: keys, types, references between the parts. Checked by the plan: what a pass says of its own keys, files, order; what it
+    finds in the parts that are right is raised with the problems found here.
     """
     values = {key: value for key, value in values.items() if key != "$schema"}
     problems: list[str] = [f"{key}: unknown key{did_you_mean(key, KEYS)}" for key in values if key not in KEYS]
@@ -203,16 +207,34 @@ def parse_workflow(values: dict[str, Any], folder: Path | None = None) -> tuple[
         values["model"] = {"path": values["model"]}
     data = _data(values.pop("data", None), folder, problems)
     entries = _entries(values.get("passes"), folder, problems)
+    values["passes"] = _with_scripts(values.get("passes"), folder)
+    values["data"] = data
+    config = None
     try:
-        config = parse(WorkflowConfig, {**values, "passes": values.get("passes") or {}, "data": data})
+        config = parse(WorkflowConfig, values)
     except ConfigError as error:
-        problems += [p for p in error.problems if not p.startswith("data.")]
-    if problems:
-        raise ConfigError(problems)
-    problems += _dangling(config, entries)
-    if problems:
-        raise ConfigError(problems)
+        problems += error.problems
+    problems += _dangling(values, entries)
+    if config is None or problems:
+        from phinetune.workflow.plan import other_problems
+
+        problems += other_problems(config or _readable(values), entries)
+        raise ConfigError(list(dict.fromkeys(problems)))
     return config, entries
+
+
+def _readable(values: dict[str, Any]) -> WorkflowConfig:
+    """The parts of a file that are right, and something that has no problems in place of the others."""
+    kept: dict[str, Any] = {"model": {"path": ""}, "passes": {}}
+    others = {"search": {"trials": 1}, "constraints": ["size >= 0"]}
+    for key, value in values.items():
+        if key != "passes":
+            with contextlib.suppress(ConfigError):
+                parse(WorkflowConfig, {**kept, key: value})
+                kept[key] = value
+            if key not in kept and key in others:
+                kept[key] = others[key]
+    return parse(WorkflowConfig, kept)
 
 
 def as_values(config: WorkflowConfig) -> dict[str, Any]:
@@ -230,9 +252,10 @@ def _data(given: Any, folder: Path | None, problems: list[str]) -> dict[str, Dat
         named, prefix = {ONLY: given}, {ONLY: "data"}
     elif isinstance(given, dict):
         named, prefix = given, {name: f"data.{name}" for name in given}
-        if given and not any(isinstance(v, dict | str) for v in given.values()):
-            problems.append("data.path: this key is needed")
-            return {}
+        if given and not any(isinstance(v, dict) for v in given.values()):
+            fields = DataConfig.__dataclass_fields__
+            if not all(isinstance(v, str) for v in given.values()) or set(given) & set(fields):
+                named, prefix = {ONLY: given}, {ONLY: "data"}  # one config without its path, not names and files
     else:
         problems.append(f"data: must be a file, a data config, or names and data configs (found: {given!r})")
         return {}
@@ -245,12 +268,15 @@ def _data(given: Any, folder: Path | None, problems: list[str]) -> dict[str, Dat
             configs[name] = parse_data_config(values)
         except ConfigError as error:
             problems += [prefix[name] + problem.removeprefix("data") for problem in error.problems]
+            configs[name] = DataConfig(next(iter(BUNDLED)))  # stands for it while the rest is checked
     return configs
 
 
 def from_folder(path: str, folder: Path) -> str:
     """`path`, or where it is in the workflow file's `folder` if it is not in the current one; bundled sets and hub ids stay as they are."""
     local = folder / path
+    if path in BUNDLED:
+        return path
     return str(local) if not Path(path).expanduser().exists() and local.exists() else path
 
 
@@ -265,6 +291,8 @@ def _entries(given: Any, folder: Path | None, problems: list[str]) -> list[PassE
         return []
     entries = []
     for name, value in given.items():
+        if not re.fullmatch(r"[\w -]+", name):
+            problems.append(f"passes: {name!r} cannot be the name of a pass; use letters, digits, _ and -")
         if isinstance(value, list) and not value:
             problems.append(f"passes.{name}: an empty list of alternatives")
         for index, one in enumerate(value if isinstance(value, list) else [value]):
@@ -287,14 +315,27 @@ def _entries(given: Any, folder: Path | None, problems: list[str]) -> list[PassE
     return entries
 
 
-def _dangling(config: WorkflowConfig, entries: list[PassEntry]) -> list[str]:
+def _with_scripts(given: Any, folder: Path | None) -> dict[str, Any]:
+    """The passes as they were given, user scripts found in the file's folder."""
+
+    def placed(one: Any) -> Any:
+        if folder is None or not isinstance(one, dict) or not isinstance(one.get("user_script"), str):
+            return one
+        return {**one, "user_script": from_folder(one["user_script"], folder)}
+
+    passes = given if isinstance(given, dict) else {}
+    return {n: [placed(one) for one in v] if isinstance(v, list) else placed(v) for n, v in passes.items()}
+
+
+def _dangling(values: dict[str, Any], entries: list[PassEntry]) -> list[str]:
     """References to systems and data configs that are not there."""
     problems = []
-    hosts = [("host", config.host), ("target", config.target), *((f"{e.path}.host", e.host) for e in entries)]
+    systems, evaluate = values.get("systems") or {}, values.get("evaluate")
+    hosts = [(key, values.get(key)) for key in ("host", "target")] + [(f"{e.path}.host", e.host) for e in entries]
     for key, name in hosts:
-        if name is not None and name not in config.systems and name != "local":
-            problems.append(f"{key}: no system is called {name!r}{did_you_mean(name, config.systems)}")
-    scored = config.evaluate.data if config.evaluate else None
-    if scored is not None and scored not in config.data:
-        problems.append(f"evaluate.data: no data config is called {scored!r}{did_you_mean(scored, config.data)}")
+        if isinstance(name, str) and name not in systems and name != "local":
+            problems.append(f"{key}: no system is called {name!r}{did_you_mean(name, systems)}")
+    scored = evaluate.get("data") if isinstance(evaluate, dict) else None
+    if isinstance(scored, str) and scored not in values["data"]:
+        problems.append(f"evaluate.data: no data config is called {scored!r}{did_you_mean(scored, values['data'])}")
     return problems

@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ _UNITS = {
     "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1024.0, "mib": 1024.0**2, "gib": 1024.0**3, "b": 1.0, "bytes": 1.0,
     "ms": 1.0, "s": 1e3, "": 1.0,
 }  # fmt: skip
+_COUNTED = ("size", "memory", "loss", "perplexity")
 _NUMBER = r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
 _CONSTRAINT = re.compile(
     rf"\s*(?P<metric>\w+)\s*(?P<relation>>=|<=|>|<)\s*(?:(?P<base>base)\s*(?:(?P<sign>[-+*])\s*)?)?(?:{_NUMBER}\s*(?P<unit>%|[A-Za-z]*))?\s*$"
@@ -37,6 +40,8 @@ class Constraint:
     number: float
     base: str = ""
     """"" (absolute), "+" (base + number), "*" (base * number), "%" (base + number % of it)."""
+    strict: bool = False
+    """More (or less) than the limit; the limit itself does not do."""
 
     def limit(self, base: Values) -> float:
         """The number that must be reached. Raises KeyError if it is relative to a metric that `base` lacks."""
@@ -48,9 +53,18 @@ class Constraint:
         return value + (abs(value) * self.number / 100 if self.base == "%" else self.number)
 
     def shortfall(self, values: Values, base: Values) -> float:
-        """By how much the limit is missed, in the metric's unit; zero or less if it holds."""
+        """By how much the limit is missed, in the metric's unit; zero or less if it holds. A value that is not a number misses by infinity.
+
+        Values within a billionth of the limit are at it: 0.8 - 0.1 is a little more than 0.7 in binary.
+        """
         limit, value = self.limit(base), values[self.metric]
-        return limit - value if self.at_least else value - limit
+        short = limit - value if self.at_least else value - limit
+        if math.isnan(short):
+            return math.inf
+        slack = 1e-9 * abs(limit)
+        if abs(short) <= slack:
+            return max(slack, sys.float_info.min) if self.strict else 0.0
+        return short
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ class Goals:
     @property
     def metrics(self) -> list[str]:
         """Every metric that is named, once, in order."""
-        return list(dict.fromkeys(goal.metric for goal in (*self.constraints, *self.objectives)))
+        return list(dict.fromkeys([*(c.metric for c in self.constraints), *(o.metric for o in self.objectives)]))
 
     @property
     def relative(self) -> bool:
@@ -85,8 +99,9 @@ class Goals:
         return {text: short for text, short in found.items() if short > 0}
 
     def rank(self, values: Values) -> tuple[float, ...]:
-        """A tuple that is smaller for the better of two models: the objectives' values, the first one first."""
-        return tuple(values[o.metric] if o.minimize else -values[o.metric] for o in self.objectives)
+        """A tuple that is smaller for the better of two models: the objectives' values, the first one first; what is not a number is worst."""
+        signed = (values[o.metric] if o.minimize else -values[o.metric] for o in self.objectives)
+        return tuple(math.inf if math.isnan(value) else value for value in signed)
 
     def front(self, models: Mapping[str, Values]) -> list[str]:
         """Names of the models that no other one beats in one objective without losing in another (Pareto), in the order given."""
@@ -128,13 +143,22 @@ def _constraint(text: str, path: str, known: Sequence[str], problems: list[str])
     if unit != "%" and (unit not in _UNITS or (unit and not _fits(metric, unit)) or (unit and found["sign"] == "*")):
         problems.append(f"{path}: {metric} is not counted in {found['unit']}")
         return None
+    if unit == "%" and not found["base"] and not _is_share(metric):
+        problems.append(f"{path}: {metric} is no share of anything, so it has no % (relative: {metric} ... base + 5 %)")
+        return None
     number = float(found["number"] or 0)
+    if not math.isfinite(number):
+        problems.append(f"{path}: {found['number']} is too large a number")
+        return None
     if found["sign"] == "-":
         number = -number
     base = "" if not found["base"] else "*" if found["sign"] == "*" else "%" if unit == "%" else "+"
     if unit == "%" and base != "%":
         number, unit = number / 100, ""  # a share
-    return Constraint(text.strip(), metric, found["relation"][0] == ">", number * _UNITS.get(unit, 1.0), base)
+    relation = found["relation"]
+    return Constraint(
+        text.strip(), metric, relation[0] == ">", number * _UNITS.get(unit, 1.0), base, strict=len(relation) == 1
+    )
 
 
 def _objective(text: str, path: str, known: Sequence[str], problems: list[str]) -> Objective | None:
@@ -152,6 +176,11 @@ def _is_known(metric: str, path: str, known: Sequence[str], problems: list[str])
         return True
     problems.append(f"{path}: no metric is called {metric!r}{did_you_mean(metric, known)}")
     return False
+
+
+def _is_share(metric: str) -> bool:
+    """False for what is known not to lie between 0 and 1."""
+    return not metric.startswith(("latency", "time_to_first_token", "throughput")) and metric not in _COUNTED
 
 
 def _fits(metric: str, unit: str) -> bool:

@@ -74,22 +74,43 @@ class Pass:
     for_target: Callable[[AcceleratorConfig], dict[str, Any]] | None = None
     """Values of keys that follow from what the result is for; given ones win. Raises ConfigError if the pass cannot serve it."""
 
+    def __post_init__(self) -> None:
+        if not callable(self.run) or not dataclasses.is_dataclass(self.config) or not isinstance(self.config, type):
+            raise TypeError("a Pass needs a function, and a dataclass that says its keys")
+        if isinstance(self.takes, str) or not self.takes:
+            raise TypeError('a Pass needs a tuple of the kinds that it takes, such as ("hf",)')
+
 
 def pass_table() -> dict[str, Pass]:
-    """Every pass by name: phinetune's own, and those that installed packages add. A package cannot replace one of ours."""
+    """Every pass by name: phinetune's own, and those that installed packages add.
+
+    Names are the same in any case; a package cannot replace a pass of ours or of another one. Raises one ConfigError with every entry
+    point that is not right.
+    """
     from phinetune.workflow.stages import PASSES
 
-    added: dict[str, Pass] = {}
+    table, problems = dict(PASSES), []
+    owners = {name.lower(): "phinetune" for name in PASSES}
     for entry in metadata.entry_points(group=GROUP):
-        if entry.name in PASSES:
-            raise ConfigError(f"{entry.value}: adds a pass called {entry.name}, which is phinetune's own")
+        if owner := owners.get(entry.name.lower()):
+            whose = "phinetune's own" if owner == "phinetune" else f"added by {owner} already"
+            problems.append(f"{entry.value}: adds a pass called {entry.name}, which is {whose}")
+            continue
+        owners[entry.name.lower()] = entry.value
         try:
-            added[entry.name] = entry.load()
-        except Exception as error:
-            raise ConfigError(f"the pass {entry.name} of {entry.value} cannot be loaded: {_reason(error)}") from error
-        if not isinstance(added[entry.name], Pass):
-            raise ConfigError(f"{entry.value}: must be a phinetune.Pass (found: {type(added[entry.name]).__name__})")
-    return {**PASSES, **added}
+            loaded = entry.load()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit as well
+            problems.append(f"the pass {entry.name} of {entry.value} cannot be loaded: {_reason(error)}")
+            continue
+        if isinstance(loaded, Pass):
+            table[entry.name] = loaded
+        else:
+            problems.append(f"{entry.value}: must be a phinetune.workflow.passes.Pass (found: {type(loaded).__name__})")
+    if problems:
+        raise ConfigError(problems, "uninstall or mend the package")
+    return table
 
 
 def find_pass(entry: PassEntry, table: dict[str, Pass]) -> Pass:
@@ -114,7 +135,10 @@ def script_passes(script: str, path: str) -> dict[str, Pass]:
     file = Path(script).expanduser()
     if not file.is_file():
         raise ConfigError(f"{path}: {script}: no such file")
-    name = f"phinetune_user_script_{content_key(str(file.resolve()), file_hash(file))[:12]}"
+    try:
+        name = f"phinetune_user_script_{content_key(str(file.resolve()), file_hash(file))[:12]}"
+    except OSError as error:
+        raise ConfigError(f"{path}: {script}: cannot be read: {error.strerror}") from None
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         if spec is None or spec.loader is None:
@@ -124,34 +148,44 @@ def script_passes(script: str, path: str) -> dict[str, Pass]:
         try:
             spec.loader.exec_module(module)
         except BaseException as error:
-            del sys.modules[name]
+            sys.modules.pop(name, None)
             if isinstance(error, KeyboardInterrupt):
                 raise
             raise ConfigError(f"{path}: {script} fails to import: {_reason(error)}") from error
     passes = getattr(sys.modules[name], "PASSES", None)
     if not isinstance(passes, dict) or not passes or not all(isinstance(p, Pass) for p in passes.values()):
-        raise ConfigError(f"{path}: {script}: must define PASSES, a dictionary of names and phinetune.Pass")
+        raise ConfigError(
+            f"{path}: {script}: must define PASSES, a dictionary of names and phinetune.workflow.passes.Pass"
+        )
     return passes
 
 
 def parse_pass(entry: PassEntry, pass_: Pass, values: dict[str, Any], target: AcceleratorConfig | None = None) -> Any:
     """The config object of a pass from its keys, spaces filled. Raises ConfigError with every unknown key and wrong value."""
-    implied = pass_.for_target(target) if pass_.for_target and target else {}
-    values = {**implied, **values}
-    if not pass_.gather:
-        return parse(pass_.config, values, entry.path)
-    fields = [f.name for f in dataclasses.fields(pass_.config)]
+    fields = [f.name for f in dataclasses.fields(pass_.config) if f.init]
     unknown = [key for key in values if key not in fields and key not in pass_.known]
     problems = [f"{entry.path}.{key}: unknown key{did_you_mean(key, [*fields, *pass_.known])}" for key in unknown]
+    values = {key: value for key, value in values.items() if key not in unknown}
+    config: Any = None
     try:
-        return_value = parse(
-            pass_.config, pass_.gather({k: v for k, v in values.items() if k not in unknown}), entry.path
-        )
+        if pass_.for_target and target:
+            values = {**_under(entry.path, pass_.for_target, target), **values}
+        if pass_.gather:
+            values = _under(entry.path, pass_.gather, values)
+        config = parse(pass_.config, values, entry.path)
     except ConfigError as error:
         problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return return_value
+    return config
+
+
+def _under(path: str, function: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str, Any]:
+    """`function` of `argument`; the problems of its ConfigError begin with `path`."""
+    try:
+        return function(argument)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
 
 
 def _reason(error: BaseException) -> str:

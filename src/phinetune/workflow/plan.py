@@ -7,8 +7,8 @@ hashes of files.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,31 @@ from typing import Any
 from phinetune.artifact import content_key, file_hash
 from phinetune.config import parse
 from phinetune.data.messages import DataConfig
-from phinetune.data.sources import data_source
-from phinetune.errors import ConfigError, PhinetuneError
+from phinetune.data.sources import data_source, is_hub_id
+from phinetune.errors import AdapterError, ConfigError, OutputError, PhinetuneError
 from phinetune.evaluation.measurements import measurements, parse_metrics
-from phinetune.events import OnEvent, log_event
+from phinetune.events import Note, OnEvent, log_event
 from phinetune.generation.load import adapter_base, find
 from phinetune.model.embedded import EMBEDDED
 from phinetune.model.folder import base_key, resolve_model
 from phinetune.systems.config import AcceleratorConfig, SystemConfig, system_problems
+from phinetune.workflow.checks import (
+    Alternatives,
+    data_problems,
+    find_passes,
+    measuring_problems,
+    misplaced,
+    order_problems,
+    rank_space,
+    search_problems,
+    sound,
+    spaces_of,
+)
 from phinetune.workflow.config import EvaluateConfig, PassEntry, WorkflowConfig
 from phinetune.workflow.goals import Goals, parse_goals
 from phinetune.workflow.merge import adapter_key
-from phinetune.workflow.passes import NO_SPACE, Pass, PassJob, find_pass, parse_pass, pass_table
-from phinetune.workflow.spaces import Space, fill, find_spaces
+from phinetune.workflow.passes import Pass, PassJob, parse_pass
+from phinetune.workflow.spaces import Space, fill
 from phinetune.workflow.stages import PASSES, choose_data
 from phinetune.workflow.store import Store
 
@@ -62,8 +74,7 @@ class Workflow:
     """A workflow whose every part was found and fits: what a run needs."""
 
     config: WorkflowConfig
-    alternatives: dict[str, list[tuple[PassEntry, Pass]]]
-    """Name of a pass -> its alternatives (mostly one)."""
+    alternatives: Alternatives
     spaces: list[Space]
     goals: Goals
     source: Source
@@ -82,29 +93,32 @@ class Workflow:
 
         truncated: adapters are trained at the highest rank of their space, and truncated to the chosen one.
         """
+        passes = [(entry, pass_) for entry, pass_, _ in self._entries(chosen, truncated)]
+        steps, problems = self.attempt(chosen, on_event, truncated)
+        if problems := misplaced(passes, self.source.kind) + problems:
+            raise ConfigError(problems)
+        return steps
+
+    def attempt(
+        self, chosen: dict[str, Any], on_event: OnEvent = log_event, truncated: bool = False
+    ) -> tuple[list[Step], list[str]]:
+        """(steps whose keys are right, problems of the others), whatever their order."""
         steps: list[Step] = []
         problems: list[str] = []
-        kind, parent, place = self.source.kind, self.source.key, self.source.name
+        parent, place = self.source.key, self.source.name
         for entry, pass_, values in self._entries(chosen, truncated):
-            if kind not in pass_.takes:
-                made_by = f"what comes before it is {_KINDS.get(kind, kind)}"
-                problems.append(f"{entry.path}: {entry.type} takes {_either(pass_.takes)}, but {made_by}")
-                break
-            kind = pass_.gives
             try:
                 config = parse_pass(entry, pass_, values, self.target)
+                key = self._key(entry, pass_, config, parent)
             except ConfigError as error:
                 problems += error.problems
                 continue
-            key = self._key(entry, pass_, config, parent)
             job = PassJob(
                 config, place, self.store.artifact(key), self.config.model.model_kwargs, self.config.data, self.config.seed, on_event
             )  # fmt: skip
             steps.append(Step(entry, pass_, job, key, parent, self._system(entry)))
             parent, place = key, str(job.output)
-        if problems:
-            raise ConfigError(problems)
-        return steps
+        return steps, problems
 
     def _entries(self, chosen: dict[str, Any], truncated: bool) -> Iterator[tuple[PassEntry, Pass, dict[str, Any]]]:
         """(entry, pass, its keys with the spaces filled) of each pass of the trial."""
@@ -112,9 +126,11 @@ class Workflow:
             entry, pass_ = alternatives[chosen.get(f"passes.{name}", 0)]
             values = fill(entry.values, entry.path, chosen)
             search, mine = self.config.search, [s for s in self.spaces if s.path.startswith(f"{entry.path}.")]
-            if search and search.pruner != "none" and pass_.data and mine:  # what a pruner goes by
-                values["training_config"] = {"eval_strategy": "epoch", **values.get("training_config", {})}
-            ranks = next((s for s in mine if s.path == f"{entry.path}.r"), None)
+            training = values.get("training_config") or {}
+            pruned = search is not None and search.pruner != "none" and mine and _trains(pass_)
+            if pruned and isinstance(training, dict) and not {"eval_strategy", "evaluation_strategy"} & set(training):
+                values["training_config"] = {"eval_strategy": "epoch", **training}  # what a pruner goes by
+            ranks = rank_space(entry, pass_, mine)
             if not truncated or ranks is None:
                 yield entry, pass_, values
                 continue
@@ -130,24 +146,38 @@ class Workflow:
     def _key(self, entry: PassEntry, pass_: Pass, config: Any, parent: str) -> str:
         """What decides the step's result: input, pass, settings, and the content of the data and files that they name."""
         values = asdict(config)
-        files = {name: file_hash(Path(values[name]).expanduser()) for name in pass_.files if values.get(name)}
+        files = {name: _contents(values[name], f"{entry.path}.{name}") for name in pass_.files if values.get(name)}
         used = {}
         for index, name in enumerate(pass_.data):
             if index == 0 or values.get(name):
-                used[name] = self.digests[choose_data(values.get(name), self.config.data)]
+                with contextlib.suppress(ConfigError):  # a problem of its own
+                    used[name] = self.digests.get(choose_data(values.get(name), self.config.data), "")
         script = file_hash(Path(entry.user_script).expanduser()) if entry.user_script else ""
         settings = {k: v for k, v in values.items() if k not in (*pass_.data, *pass_.files)}
-        kwargs = {k: v for k, v in self.config.model.model_kwargs.items() if "token" not in k}
+        kwargs = {k: v for k, v in self.config.model.model_kwargs.items() if k not in _SECRETS}
         return content_key(
             "pass", parent, entry.type.lower(), pass_.version, settings, files, used, script, kwargs, self.config.seed
         )
 
 
-_KINDS = {"hf": "a model", "adapter": "an adapter", "onnx": "an ONNX model"}
+_SECRETS = ("token", "use_auth_token")  # of model_kwargs: who fetches a model, not what it is
 
 
-def _either(kinds: Iterable[str]) -> str:
-    return " or ".join(_KINDS.get(kind, kind) for kind in kinds)
+def _trains(pass_: Pass) -> bool:
+    """True for a pass that is configured by names of transformers.TrainingArguments."""
+    return bool(pass_.data) and "training_config" in pass_.config.__dataclass_fields__  # type: ignore[attr-defined]
+
+
+def _contents(named: Any, path: str) -> list[str]:
+    """Hashes of the file, or the files, that a key names. Raises ConfigError for one that is not there."""
+    hashes = []
+    for name in [named] if isinstance(named, str | Path) else named:
+        try:
+            hashes.append(file_hash(Path(name).expanduser()))
+        except OSError as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            raise ConfigError(f"{path}: {name}: {reason}") from None
+    return hashes
 
 
 def prepare(
@@ -155,8 +185,35 @@ def prepare(
 ) -> Workflow:
     """The workflow with its passes, spaces, goals, model and data found. Raises one ConfigError with every problem.
 
-    fetch: get a model of the hub that is not here yet; false: plan with its name only.
+    fetch: get a model or data of the hub that is not here yet; false: plan with its name only.
     """
+    workflow, problems, hints = _examine(config, entries, on_event, fetch, find_source)
+    if problems or workflow is None:
+        raise ConfigError(problems, hints[0] if len(set(hints)) == 1 else "")
+    if config.search and not workflow.spaces:
+        on_event(Note("search: no pass has a space of values, so there is one trial", warning=True))
+    return workflow
+
+
+def other_problems(config: WorkflowConfig, entries: list[PassEntry]) -> list[str]:
+    """What `prepare` would find in the readable part of a file that has problems already; a model without a path is not looked for."""
+
+    def source(config: WorkflowConfig, on_event: OnEvent) -> Source:
+        name = config.model.adapter or config.model.path
+        kind = "hf" if not name or name in EMBEDDED else find(name, config.model.model_kwargs, on_event)[1]
+        return Source(name, kind, "")
+
+    return _examine(config, entries, lambda event: None, False, source)[1]
+
+
+def _examine(
+    config: WorkflowConfig,
+    entries: list[PassEntry],
+    on_event: OnEvent,
+    fetch: bool,
+    source_of: Callable[[WorkflowConfig, OnEvent], Source],
+) -> tuple[Workflow | None, list[str], list[str]]:
+    """(workflow, every problem, their hints)."""
     problems: list[str] = []
     hints: list[str] = []
 
@@ -164,7 +221,7 @@ def prepare(
         problems.extend(prefix + problem for problem in error.problems)
         hints.extend([error.hint] if error.hint else [])
 
-    goals = Goals()
+    goals, store, digests = Goals(), None, {}
     try:
         goals = parse_goals(config.constraints, config.objectives, list(measurements()))
     except ConfigError as error:
@@ -174,43 +231,65 @@ def prepare(
             parse_metrics(config.evaluate.metrics)
     except ConfigError as error:
         note(error, "evaluate.")
-    alternatives = _find_passes(entries, note)
-    spaces = _find_spaces(entries, alternatives, problems)
-    digests: dict[str, str] = {}
+    alternatives = find_passes(entries, note)
+    spaces, wrong = spaces_of(alternatives)
+    problems += wrong
     for name, data in config.data.items():
         try:
-            digests[name] = data_key(data)
+            digests[name] = data_key(data, on_event, fetch)
         except PhinetuneError as error:
-            note(error, f"data.{name}: " if len(config.data) > 1 else "data: ")
-    _check_data_names(config, alternatives, problems)
+            place = f"data.{name}" if len(config.data) > 1 else "data"
+            own = [p.removeprefix("data") if p.startswith("data.") else f": {p}" for p in error.problems]
+            note(ConfigError([place + problem for problem in own], error.hint))
+    problems += data_problems(alternatives, config.data)
     source = Source(config.model.path, "hf", "")
+    found = False
     try:
-        source = (
-            find_source(config, on_event) if fetch or not missing_model(config) else Source(config.model.path, "hf", "")
-        )
+        if fetch or not missing_model(config):
+            source = source_of(config, on_event)
+        found = True
     except PhinetuneError as error:
         note(error, "model: ")
-    for name in {e.host or config.host for e in entries} - {None, "local"}:
-        if name in config.systems:
-            problems += [f"systems.{name}: {problem}" for problem in system_problems(config.systems[name])]
-    _check_search(config, spaces, alternatives, goals, problems)
-    workflow = Workflow(config, alternatives, spaces, goals, source, Store(config.cache_dir), digests)
-    if not problems:
-        problems += _try_every_choice(workflow)
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)), hints[0] if len(set(hints)) == 1 else "")
-    return workflow
+    for host in {e.host or config.host for e in entries} - {None, "local"}:
+        if host in config.systems:
+            problems += [f"systems.{host}: {problem}" for problem in system_problems(config.systems[host])]
+    problems += search_problems(config, spaces, alternatives) + measuring_problems(config, goals)
+    whole = sum(map(len, alternatives.values())) == len(entries)
+    if found and whole:
+        problems += order_problems(alternatives, source.kind)
+    try:
+        store = Store(config.cache_dir)
+    except OutputError as error:
+        note(error, "cache_dir: ")
+        return None, problems, hints
+    tried = sound(alternatives)
+    problems += _try_every_choice(Workflow(config, tried, spaces_of(tried)[0], goals, source, store, digests))
+    workflow = Workflow(config, alternatives, spaces, goals, source, store, digests)
+    return workflow, list(dict.fromkeys(problems)), hints
 
 
-def data_key(data: DataConfig) -> str:
-    """Key of a data config: its settings, and the content of its file. Raises DataError if it is not there."""
-    return content_key(asdict(data) | {"path": ""}, file_hash(data_source(data)))
+def data_key(data: DataConfig, on_event: OnEvent = log_event, fetch: bool = True) -> str:
+    """Key of a data config: its settings, and the type and content of its file. Raises DataError if it is not there.
+
+    Without `fetch`, the key of a data set of the hub that is not here yet is one that no other has.
+    """
+    settings = asdict(data) | {"path": ""}
+    try:
+        file = data_source(data, on_event, fetch)
+    except PhinetuneError:
+        if fetch or Path(data.path).expanduser().exists() or not is_hub_id(data):
+            raise
+        on_event(Note(f"data: {data.path} is to be fetched from the hub"))
+        return content_key(settings, "not here", data.path)
+    return content_key(settings, file.suffix.lower(), file_hash(file))
 
 
 def find_source(config: WorkflowConfig, on_event: OnEvent = log_event) -> Source:
     """The model that goes in, found and hashed. Raises ModelError or AdapterError if it is not there, or not whole."""
     name = config.model.adapter or config.model.path
     folder, kind = find(name, config.model.model_kwargs, on_event)
+    if config.model.adapter and kind != "adapter":
+        raise AdapterError(f"{name}: is no adapter", "leave model.adapter out, or give the output folder of finetune")
     if kind == "adapter":
         base = adapter_base(folder, config.model.path if config.model.adapter else None, on_event)
         return Source(str(folder.resolve()), kind, content_key(adapter_key(folder), base_key(base)))
@@ -232,101 +311,39 @@ def missing_model(config: WorkflowConfig) -> bool:
     return False
 
 
-def _find_passes(entries: list[PassEntry], note: Any) -> dict[str, list[tuple[PassEntry, Pass]]]:
-    found: dict[str, list[tuple[PassEntry, Pass]]] = {}
-    try:
-        table = pass_table()
-    except ConfigError as error:
-        note(error)
-        return found
-    for entry in entries:
-        try:
-            found.setdefault(entry.name, []).append((entry, find_pass(entry, table)))
-        except ConfigError as error:
-            note(error)
-    return found
-
-
-def _find_spaces(
-    entries: list[PassEntry], alternatives: dict[str, list[tuple[PassEntry, Pass]]], problems: list[str]
-) -> list[Space]:
-    """Every space in the passes; where a pass has alternatives, their choice is a space itself (`passes.NAME`)."""
-    spaces = []
-    for name, several in alternatives.items():
-        if len(several) > 1:
-            spaces.append(Space(f"passes.{name}", tuple(range(len(several)))))
-    for entry in entries:
-        found = find_spaces(entry.values, entry.path, problems)
-        for space in found:
-            key = space.path.removeprefix(f"{entry.path}.")
-            if key.split(".")[0] in NO_SPACE or key in _FIXED:
-                problems.append(f"{space.path}: cannot be searched over")
-        spaces += found
-    return spaces
-
-
-_FIXED = (
-    "training_config.output_dir",
-    "training_config.overwrite_output_dir",
-    "training_config.resume_from_checkpoint",
-)
-
-
-def _check_data_names(
-    config: WorkflowConfig, alternatives: dict[str, list[tuple[PassEntry, Pass]]], problems: list[str]
-) -> None:
-    for entry, pass_ in itertools.chain(*alternatives.values()):
-        for index, name in enumerate(pass_.data):
-            given = entry.values.get(name)
-            if index == 0 or given is not None:
-                try:
-                    choose_data(given, config.data)
-                except ConfigError as error:
-                    problems += [f"{entry.path}.{name}: {p.removeprefix('data: ')}" for p in error.problems]
-
-
-def _check_search(
-    config: WorkflowConfig,
-    spaces: list[Space],
-    alternatives: dict[str, list[tuple[PassEntry, Pass]]],
-    goals: Goals,
-    problems: list[str],
-) -> None:
-    """A space needs a search, and a search something to aim at."""
-    if config.search is None:
-        problems += [f"{space.path}: a space of values needs a search (search: {{trials: 12}})" for space in spaces]
-    elif not goals.metrics:
-        problems.append("search: needs objectives or constraints to choose by (objectives: [max exact_match])")
-    if config.search and config.search.sampler == "exhaustive" and len(spaces) > 0:
-        endless = [space.path for space in spaces if space.grid() is None]
-        problems += [f"{path}: a range without a step cannot be searched exhaustively" for path in endless]
-    if config.search and config.search.truncate_rank and not any(s.path.endswith(".r") for s in spaces):
-        problems.append("search.truncate_rank: no pass has a space of ranks (r: {choices: [8, 16, 32]})")
-    if config.evaluate is None and goals.metrics and not config.data:
-        problems.append("data: this key is needed: constraints and objectives are measured on it")
-
-
 def _try_every_choice(workflow: Workflow) -> list[str]:
     """Problems of the passes' keys with each value of each space in turn, the others at their first one; and of a missing package."""
     first = {space.path: space.examples()[0] for space in workflow.spaces}
-    tries = [first] + [{**first, s.path: value} for s in workflow.spaces for value in s.examples()[1:]]
-    problems: list[str] = []
+    tries = [first]
+    for space in workflow.spaces:
+        owner = _alternative_with(space, workflow.alternatives)
+        tries += [{**first, **owner, space.path: value} for value in space.examples()]
+    ways = {False, bool(workflow.config.search and workflow.config.search.truncate_rank)}
+    problems: dict[str, None] = {}
     checked: set[str] = set()
     for chosen in tries:
-        try:
-            steps = workflow.steps(chosen)
-        except ConfigError as error:
-            problems += [p for p in error.problems if p not in problems]
-            continue
-        for step in steps:
-            if step.key in checked or not step.pass_.check or workflow.store.has(step.key):
-                continue
-            checked.add(step.key)
-            try:
-                step.pass_.check(step.job)
-            except PhinetuneError as error:
-                problems += [p for problem in error.problems if (p := f"{step.entry.path}.{problem}") not in problems]
-    return problems
+        for truncated in sorted(ways):
+            steps, wrong = workflow.attempt(chosen, truncated=truncated)
+            problems |= dict.fromkeys(wrong)
+            for step in steps:
+                if step.key in checked or not step.pass_.check or workflow.store.has(step.key):
+                    continue
+                checked.add(step.key)
+                try:
+                    step.pass_.check(step.job)
+                except PhinetuneError as error:
+                    problems |= dict.fromkeys(f"{step.entry.path}.{problem}" for problem in error.problems)
+    return list(problems)
+
+
+def _alternative_with(space: Space, alternatives: Alternatives) -> dict[str, Any]:
+    """The choice of an alternative that makes `space` count, if it stands in one."""
+    return {
+        f"passes.{name}": index
+        for name, several in alternatives.items()
+        for index, (entry, _) in enumerate(several)
+        if len(several) > 1 and space.path.startswith(f"{entry.path}.")
+    }
 
 
 def default_evaluation(config: WorkflowConfig) -> EvaluateConfig:

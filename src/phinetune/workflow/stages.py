@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Literal
 
 from phinetune.config import STRICT
 from phinetune.data.messages import DataConfig
-from phinetune.data.sources import data_source
 from phinetune.errors import ConfigError
 from phinetune.exporting.config import ExportConfig
 from phinetune.lora.config import LoraConfig, parse_lora_config
@@ -143,10 +142,15 @@ def choose_data(named: str | None, data: dict[str, DataConfig]) -> str:
 
 
 def _flat_lora(values: dict[str, Any]) -> dict[str, Any]:
-    """LoraConfig's keys, gathered in `peft_config`."""
+    """LoraConfig's keys, gathered in `peft_config`. Raises ConfigError for one that is given in both places."""
     flat = {key: value for key, value in values.items() if key in _LORA_KEYS}
     rest = {key: value for key, value in values.items() if key not in _LORA_KEYS}
-    return {**rest, "peft_config": {**(values.get("peft_config") or {}), **flat}} if flat else rest
+    group = rest.get("peft_config") or {}
+    if not flat or not isinstance(group, dict):  # what is no group is refused when the config is read
+        return rest
+    if twice := [key for key in flat if key in group]:
+        raise ConfigError([f"{key} is given here and in peft_config" for key in twice])
+    return {**rest, "peft_config": {**group, **flat}}
 
 
 def _training(job: PassJob, preset: dict[str, Any]) -> dict[str, Any]:
@@ -187,18 +191,14 @@ def _lora(preset: dict[str, Any], config: type) -> Pass:
         from phinetune.training.config import read_training_config
 
         problems = []
-        asked = _training(job, preset)
         for read in (
-            lambda: parse_lora_config(asked["peft_config"], ""),
-            lambda: read_training_config(asked["training_config"], lambda event: None),
+            lambda: parse_lora_config({**preset, **job.config.peft_config}, ""),
+            lambda: read_training_config(job.config.training_config, lambda event: None),
         ):
             try:
                 read()
             except ConfigError as error:
                 problems += [problem.removeprefix(".") for problem in error.problems]
-        for data in (asked["data"], asked.get("eval_data")):
-            if data is not None:
-                data_source(data, job.on_event, fetch=False)
         if problems:
             raise ConfigError(problems)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phinetune.artifact import cache_folder, disk_errors, folder_bytes, read_manifest, write_json
+from phinetune.artifact import cache_folder, disk_errors, read_manifest, write_json
 from phinetune.errors import ConfigError, OutputError
 from phinetune.events import Note, OnEvent, log_event
 
@@ -46,6 +47,9 @@ class Store:
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder).expanduser().resolve() if folder else cache_folder() / "workflow"
+        existing = next(p for p in (self.folder, *self.folder.parents) if p.exists())
+        if not existing.is_dir():
+            raise OutputError(f"{existing}: is a file, not a folder", "choose another cache folder")
         with disk_errors(self.folder):
             for name in ("artifacts", "entries", "assessments", "locks"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -88,7 +92,8 @@ class Store:
         said = False
         while True:
             try:
-                lock.acquire(timeout=0)
+                with disk_errors(self.folder):
+                    lock.acquire(timeout=0)
                 break
             except filelock.Timeout:
                 if not said:
@@ -106,17 +111,24 @@ class Store:
         import filelock
 
         number, lock = 0, None
-        while lock is None:
-            candidate = filelock.FileLock(str(self.folder / "locks" / f"run-{number}.lock"))
-            try:
-                candidate.acquire(timeout=0)
-                lock = candidate
-            except filelock.Timeout:
-                number += 1
+        with disk_errors(self.folder), self._gate():
+            while lock is None:
+                candidate = filelock.FileLock(str(self.folder / "locks" / f"run-{number}.lock"))
+                try:
+                    candidate.acquire(timeout=0)
+                    lock = candidate
+                except filelock.Timeout:
+                    number += 1
         try:
             yield
         finally:
             lock.release()
+
+    def _gate(self) -> Any:
+        """Runs begin, and artifacts are removed, one at a time: no run begins to use what is just being removed."""
+        import filelock
+
+        return filelock.FileLock(str(self.folder / "locks" / "gate.lock"))
 
     def entries(self) -> list[StoredArtifact]:
         """Every artifact, the one used last first; unfinished ones, too."""
@@ -124,27 +136,26 @@ class Store:
         for folder in (self.folder / "artifacts").iterdir():
             if not folder.is_dir() or folder.name.startswith("."):
                 continue
-            manifest, facts = (
-                read_manifest(folder),
-                _read(self.folder / "entries" / f"{folder.name.removesuffix('.partial')}.json"),
-            )
-            size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-            used = float(facts.get("used") or folder.stat().st_mtime)
+            manifest = read_manifest(folder)
+            facts = _read(self.folder / "entries" / f"{folder.name.removesuffix('.partial')}.json")
+            used = facts.get("used")
+            if not isinstance(used, int | float):
+                used = _look(folder)[1]
             made_by = str(facts.get("pass") or manifest.get("stage") or "?")
             kind = str(manifest.get("kind") or _read(folder / "building.json").get("kind") or "?")
-            found.append(
-                StoredArtifact(folder.name, kind, made_by, size, str(manifest.get("made") or ""), used, bool(manifest))
-            )
+            made = str(manifest.get("made") or "")
+            found.append(StoredArtifact(folder.name, kind, made_by, _size(folder), made, float(used), bool(manifest)))
         return sorted(found, key=lambda a: -a.used)
 
     def remove(self, names: list[str]) -> list[StoredArtifact]:
         """Remove the artifacts whose keys begin with `names`, one each. Raises ConfigError for a name that fits none or several."""
         entries = self.entries()
         chosen, problems = [], []
-        for name in names:
-            fitting = [e for e in entries if e.key.startswith(name)]
+        for name in dict.fromkeys(names):
+            key = name if name.endswith(".partial") else name[:_SHOWN_KEY]
+            fitting = [e for e in entries if key and e.key.startswith(key)]
             if len({e.key.removesuffix(".partial") for e in fitting}) == 1:
-                chosen += fitting
+                chosen += [e for e in fitting if e not in chosen]
             else:
                 problems.append(
                     f"{name}: {'no artifact has this key' if not fitting else f'{len(fitting)} artifacts begin with it'}"
@@ -170,7 +181,8 @@ class Store:
         """Remove artifacts, unless a run is using the cache; then OutputError."""
         import filelock
 
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as held, disk_errors(self.folder):
+            held.enter_context(self._gate())
             for file in sorted((self.folder / "locks").glob("run-*.lock")):
                 lock = filelock.FileLock(str(file))
                 try:
@@ -183,12 +195,29 @@ class Store:
                 folder = self.folder / "artifacts" / entry.key
                 (folder / "manifest.json").unlink(missing_ok=True)  # first, so that a half removed one counts as absent
                 shutil.rmtree(folder, ignore_errors=True)
-                (self.folder / "entries" / f"{entry.key}.json").unlink(missing_ok=True)
+                if not entry.key.endswith(".partial"):
+                    (self.folder / "entries" / f"{entry.key}.json").unlink(missing_ok=True)
+            for set_aside in (self.folder / "artifacts").glob(".*.old-*"):  # by a process that died
+                shutil.rmtree(set_aside, ignore_errors=True)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all that is stored."""
-        return folder_bytes(self.folder)
+        return _size(self.folder)
+
+
+def _look(path: Path) -> tuple[int, float]:
+    """(bytes, time of the last change); zeros if a run has taken it away meanwhile."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return 0, 0.0
+    return found.st_size, found.st_mtime
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in `folder`, checkpoints too; files come and go while a run is at it."""
+    return sum(_look(Path(place, name))[0] for place, _, names in os.walk(folder) for name in names)
 
 
 def _read(file: Path) -> dict[str, Any]:
