@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from phinetune.artifact import content_key
 from phinetune.data.messages import DataConfig
@@ -10,6 +11,7 @@ from phinetune.evaluation.measurements import measurements
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.model.compute import processor_name
 from phinetune.workflow.assess import assess
+from phinetune.workflow.config import EvaluateConfig
 from phinetune.workflow.goals import Values
 from phinetune.workflow.held_out import Split
 from phinetune.workflow.outcome import StepResult
@@ -35,25 +37,37 @@ def assess_artifact(workflow: Workflow, step: StepResult, on_event: OnEvent = lo
     return _assess(workflow, str(step.folder), step.key, step.name, on_event)
 
 
+def kept_values(workflow: Workflow, step: StepResult) -> Values:
+    """The values of what a step left, if they were measured before."""
+    metrics = wanted_metrics(workflow)
+    kept = workflow.store.assessment(_key(workflow, step.key, metrics)).get("values") if metrics else None
+    return {n: float(kept[n]) for n in metrics if n in kept} if isinstance(kept, dict) else {}
+
+
+def _key(workflow: Workflow, artifact: str, metrics: list[str]) -> str:
+    """What decides the values: the artifact, the data, how it is scored, and for clocks the machine."""
+    how, (_, name, split) = _how(default_evaluation(workflow.config)), _data(workflow)
+    table = measurements()
+    machine = processor_name() if any(table[n].needs in ("clock", "process") for n in metrics) else ""
+    return content_key("assess", 1, artifact, sorted(metrics), workflow.digests.get(name, ""), split, how, machine)
+
+
+def _how(evaluation: EvaluateConfig) -> dict[str, Any]:
+    """The arguments of `assess` that the file gives."""
+    left = ("metrics", "data", "split", "input_model", "every_pass")
+    return {k: v for k, v in asdict(evaluation).items() if k not in left}
+
+
 def _assess(workflow: Workflow, model: str, key: str, what: str, on_event: OnEvent) -> Values:
     metrics = wanted_metrics(workflow)
     if not metrics:
         return {}
-    evaluation = default_evaluation(workflow.config)
-    data, name, split = _data(workflow)
-    how = {
-        k: v
-        for k, v in asdict(evaluation).items()
-        if k not in ("metrics", "data", "split", "input_model", "every_pass")
-    }
-    table = measurements()
-    machine = processor_name() if any(table[n].needs in ("clock", "process") for n in metrics) else ""
-    key = content_key("assess", 1, key, sorted(metrics), workflow.digests.get(name, ""), split, how, machine)
+    data, _, split = _data(workflow)
+    key = _key(workflow, key, metrics)
     kept = workflow.store.assessment(key).get("values")
     if not isinstance(kept, dict):
-        result = assess(
-            model, data, metrics, split, model_kwargs=workflow.config.model.model_kwargs or None, on_event=on_event, **how
-        )  # fmt: skip
+        kwargs, how = workflow.config.model.model_kwargs or None, _how(default_evaluation(workflow.config))
+        result = assess(model, data, metrics, split, model_kwargs=kwargs, on_event=on_event, **how)
         kept = dict(result.values)
         workflow.store.keep_assessment(key, asdict(result))
     on_event(Note(f"{what}: " + ", ".join(f"{n} {kept[n]:.6g}" for n in metrics)))

@@ -130,6 +130,10 @@ class PackageConfig:
     sample_code: bool = True
     """Put a program that loads the model and answers a prompt into it."""
 
+    def __post_init__(self) -> None:
+        if not self.name or Path(self.name).name != self.name:
+            raise ValueError("name must be the name of a file, without folders")
+
 
 @dataclass(frozen=True)
 class PassEntry:

@@ -25,6 +25,7 @@ from phinetune.artifact import MANIFEST, building, disk_errors, folder_bytes, re
 from phinetune.errors import OutputError, PhinetuneError
 from phinetune.events import Note, OnEvent
 from phinetune.generation.load import find
+from phinetune.workflow.assessing import kept_values
 from phinetune.workflow.chart import CHART, FRONT, axis, draw_front, front
 from phinetune.workflow.config import WorkflowConfig, as_values
 from phinetune.workflow.goals import Goals, Values
@@ -191,12 +192,10 @@ def footprint(workflow: Workflow, result: RunResult) -> dict[str, Any]:
             if step.key not in artifacts:
                 artifacts[step.key] = {
                     "pass": step.name, "type": step.type, "kind": step.kind, "parent": step.parent,
-                    "config": plain(_settings(workflow, trial, step)), "metrics": {}, "seconds": step.seconds,
+                    "config": plain(_settings(workflow, trial, step)), "metrics": plain(kept_values(workflow, step)), "seconds": step.seconds,
                     "size_bytes": folder_bytes(step.folder), "folder": str(step.folder), "trials": [],
                 }  # fmt: skip
             artifacts[step.key]["trials"].append(trial.number)
-        if trial.steps and trial.values:
-            artifacts[trial.steps[-1].key]["metrics"] = plain(trial.values)
     return {"made_by": "phinetune", "base": source.key, "artifacts": {source.key: root, **artifacts}}
 
 

@@ -43,8 +43,9 @@ def run_job(values: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
     if pass_.whole:
         pass_.run(job, output)
     else:
-        with building(output, pass_.gives, values["key"], {"stage": entry.type}) as partial:
-            pass_.run(job, partial)
+        record: dict[str, Any] = {"stage": entry.type}
+        with building(output, pass_.gives, values["key"], record) as partial:
+            record["figures"] = pass_.run(job, partial) or {}
     return read_manifest(output)
 
 

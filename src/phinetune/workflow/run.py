@@ -32,7 +32,7 @@ from phinetune.workflow.config import as_values
 from phinetune.workflow.deliver import check_place, deliver
 from phinetune.workflow.goals import Values
 from phinetune.workflow.outcome import RunResult, StepResult, TrialResult
-from phinetune.workflow.plan import Step, Workflow
+from phinetune.workflow.plan import Step, Workflow, default_evaluation
 from phinetune.workflow.search import Proposals, Pruned, propose
 
 LOG = "run.log"
@@ -47,12 +47,16 @@ def run_workflow(
 ) -> RunResult:
     """Run `workflow` and deliver its result into its output folder.
 
-    until: stop after that pass. only: run that pass alone, on what earlier runs left. worker: take part in the search of another run, which
+    until: stop after that pass, only: run that pass alone, on what earlier runs left. worker: take part in the search of another run, which
     chooses and delivers. Raises PassError for a pass that fails by a bug,
     the pass's own PhinetuneError for what the user can mend, InfeasibleError if no trial meets every constraint.
     """
     output = Path(workflow.config.output_dir).expanduser()
     check_place(output)
+    if workflow.spaces and (only or until):
+        raise ConfigError(
+            "--only and --until cannot go with a search", "fix the spaces with --set, such as --set passes.lora.r=8"
+        )
     trials: list[TrialResult] = []
     with workflow.store.in_use(), open_log(output, on_event) as log, _workers(workflow, output, worker):
         base = assess_source(workflow, log)
@@ -69,16 +73,17 @@ def run_workflow(
                         with (
                             workflow.store.making(step.key, step.entry.path, log),
                             working(log),
-                            _placing(step, workflow) as folder,
+                            _placing(step, workflow) as place,
                         ):
-                            if folder is not None and step.system.type == "local":
-                                step.pass_.run(step.job, folder)
-                            elif folder is not None:
+                            if place is not None and step.system.type == "local":
+                                place[1]["figures"] = step.pass_.run(step.job, place[0]) or {}
+                            elif place is not None:
                                 _run_elsewhere(step, workflow, output, log)
                         steps.append(_finish(step, workflow, False, log))
                     else:
                         steps.append(_finish(step, workflow, True, log))
-                values = assess_artifact(workflow, steps[-1], log)
+                for done in steps if default_evaluation(workflow.config).every_pass else steps[-1:]:
+                    values = assess_artifact(workflow, done, log)
             except Pruned as pruned:
                 error = str(pruned)
             except Exception as failure:
@@ -101,16 +106,16 @@ def run_workflow(
 
 
 @contextlib.contextmanager
-def _placing(step: Step, workflow: Workflow) -> Iterator[Path | None]:
-    """The folder that the pass fills, or None if another run made the artifact meanwhile."""
+def _placing(step: Step, workflow: Workflow) -> Iterator[tuple[Path, dict[str, Any]] | None]:
+    """(folder that the pass fills, record for its manifest), or None if another run made the artifact meanwhile."""
+    record: dict[str, Any] = {"stage": step.entry.type}
     if workflow.store.has(step.key):
         yield None
     elif step.pass_.whole or step.system.type != "local":
-        yield step.job.output
+        yield step.job.output, record
     else:
-        record: dict[str, Any] = {"stage": step.entry.type}
         with building(step.job.output, step.pass_.gives, step.key, record) as partial:
-            yield partial
+            yield partial, record
 
 
 def _finish(step: Step, workflow: Workflow, cached: bool, on_event: OnEvent) -> StepResult:
