@@ -29,7 +29,7 @@ def read_search(engine: Reader, context: Context) -> dict[str, Any] | None:
     context.searching = True
     if given is True:
         report.note("changed", place, "true meant every combination of all passes together", _AT)
-        return {"sampler": "exhaustive", "order": "joint"}
+        return {"sampler": "exhaustive", "order": "joint", **_unpruned(place, context)}
     outer = report.open(given, place)
     keys = outer.flat("search_algorithm_config", "sampler_config")
     values = {"sampler": _sampler(keys, context)}
@@ -42,7 +42,7 @@ def read_search(engine: Reader, context: Context) -> dict[str, Any] | None:
         report.problem(place, f"must be joint or pass-by-pass{did_you_mean(order, _ORDERS)} (found: {order!r})")
     if keys.has("execution_order"):
         report.renamed(place, (*_AT, "order"))
-    values["order"] = order
+    values |= {"order": order, **_unpruned(engine.path("search_strategy"), context)}
     values |= _limits(keys, values["sampler"], context)
     if values["sampler"] != "exhaustive":
         if not keys.has("seed"):
@@ -55,6 +55,11 @@ def read_search(engine: Reader, context: Context) -> dict[str, Any] | None:
         values["stop_when_met"] = keys.take("stop_when_goals_met", bool, False)
     keys.drop_all(_DROPPED)
     return values
+
+
+def _unpruned(place: str, context: Context) -> dict[str, Any]:
+    context.report.note("default", place, "pruner none: as in Olive, which stops no training early", (*_AT, "pruner"))
+    return {"pruner": "none"}
 
 
 def _sampler(keys: Reader, context: Context) -> str:
