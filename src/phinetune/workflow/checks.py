@@ -127,7 +127,9 @@ def search_problems(config: WorkflowConfig, spaces: list[Space], alternatives: A
         if not endless and (problem := why_not_exhaustive(spaces)):
             problems.append(problem)
     if search.truncate_rank and not any(rank_space(e, p, spaces) for e, p in itertools.chain(*alternatives.values())):
-        problems.append("search.truncate_rank: no training has a space of ranks (r: {choices: [8, 16, 32]})")
+        problems.append(
+            "search.truncate_rank: no pass has a space of ranks for the adapter that it trains (r: {choices: [8, 16, 32]})"
+        )
     return problems
 
 

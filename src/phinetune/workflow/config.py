@@ -222,7 +222,8 @@ def parse_workflow(values: dict[str, Any], folder: Path | None = None) -> tuple[
     if config is None or problems:
         from phinetune.workflow.plan import other_problems
 
-        problems += other_problems(config or _readable(values), entries)
+        whole = len(entries) == sum(len(v) if isinstance(v, list) else 1 for v in values["passes"].values())
+        problems += other_problems(config or _readable(values), entries, whole)
         raise ConfigError(list(dict.fromkeys(problems)))
     return config, entries
 
@@ -305,11 +306,14 @@ def _entries(given: Any, folder: Path | None, problems: list[str]) -> list[PassE
             if not isinstance(one, dict):
                 problems.append(f"{path}: must be a pass's type and keys (found: {one!r})")
                 continue
-            for key, kind in (("type", str), ("host", str), ("evaluate", bool), ("user_script", str)):
-                if one.get(key) is not None and not isinstance(one[key], kind):
-                    problems.append(
-                        f"{path}.{key}: must be {'a name' if kind is str else 'true or false'} (found: {one[key]!r})"
-                    )
+            wrong = [
+                f"{path}.{key}: must be {'a name' if kind is str else 'true or false'} (found: {one[key]!r})"
+                for key, kind in (("type", str), ("host", str), ("evaluate", bool), ("user_script", str))
+                if one.get(key) is not None and not isinstance(one[key], kind)
+            ]
+            if wrong:
+                problems += wrong
+                continue
             own = {key: v for key, v in one.items() if key not in RESERVED}
             script = one.get("user_script")
             script = from_folder(script, folder) if isinstance(script, str) and folder is not None else script

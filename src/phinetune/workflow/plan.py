@@ -195,15 +195,18 @@ def prepare(
     return workflow
 
 
-def other_problems(config: WorkflowConfig, entries: list[PassEntry]) -> list[str]:
-    """What `prepare` would find in the readable part of a file that has problems already; a model without a path is not looked for."""
+def other_problems(config: WorkflowConfig, entries: list[PassEntry], whole: bool) -> list[str]:
+    """What `prepare` would find in the readable part of a file that has problems already.
+
+    A model without a path is not looked for; where the entries are not the `whole` of the passes, their order says nothing.
+    """
 
     def source(config: WorkflowConfig, on_event: OnEvent) -> Source:
         name = config.model.adapter or config.model.path
         kind = "hf" if not name or name in EMBEDDED else find(name, config.model.model_kwargs, on_event)[1]
         return Source(name, kind, "")
 
-    return _examine(config, entries, lambda event: None, False, source)[1]
+    return _examine(config, entries, lambda event: None, False, source, whole)[1]
 
 
 def _examine(
@@ -212,6 +215,7 @@ def _examine(
     on_event: OnEvent,
     fetch: bool,
     source_of: Callable[[WorkflowConfig, OnEvent], Source],
+    whole: bool = True,
 ) -> tuple[Workflow | None, list[str], list[str]]:
     """(workflow, every problem, their hints)."""
     problems: list[str] = []
@@ -254,8 +258,7 @@ def _examine(
         if host in config.systems:
             problems += [f"systems.{host}: {problem}" for problem in system_problems(config.systems[host])]
     problems += search_problems(config, spaces, alternatives) + measuring_problems(config, goals)
-    whole = sum(map(len, alternatives.values())) == len(entries)
-    if found and whole:
+    if found and whole and sum(map(len, alternatives.values())) == len(entries):
         problems += order_problems(alternatives, source.kind)
     try:
         store = Store(config.cache_dir)

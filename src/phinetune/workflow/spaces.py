@@ -81,7 +81,7 @@ def read_space(value: dict[str, Any], path: str) -> Space:
             raise ValueError("choices: a space within a space; write every choice out, or alternatives of the pass")
         return Space(path, tuple(choices))
     low, high, log, step = value["low"], value["high"], value.get("log", False), value.get("step")
-    numbers = [n for n in (low, high, step) if n is not None]
+    numbers = [low, high, *([] if step is None else [step])]
     if any(isinstance(n, bool) or not isinstance(n, int | float) or not abs(n) <= _LARGEST for n in numbers):
         raise ValueError(f"low, high and step must be numbers (found: {value!r})")
     if not isinstance(log, bool):
