@@ -89,7 +89,7 @@ def migrate(
     from phinetune.config import read_config
     from phinetune.olive.migrate import migrate as translate_file
 
-    text = translate_file(read_config(file), file)
+    text = translate_file(read_config(file), file, Path(file).absolute().parent)
     if output is None:
         typer.echo(text)
         return

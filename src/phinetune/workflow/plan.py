@@ -127,7 +127,7 @@ class Workflow:
             values = fill(entry.values, entry.path, chosen)
             search, mine = self.config.search, [s for s in self.spaces if s.path.startswith(f"{entry.path}.")]
             training = values.get("training_config") or {}
-            pruned = search is not None and search.pruner != "none" and mine and _trains(pass_)
+            pruned = search is not None and search.pruner != "none" and mine and self._holds_out(pass_, values)
             if pruned and isinstance(training, dict) and not {"eval_strategy", "evaluation_strategy"} & set(training):
                 values["training_config"] = {"eval_strategy": "epoch", **training}  # what a pruner goes by
             ranks = rank_space(entry, pass_, mine)
@@ -139,6 +139,15 @@ class Workflow:
             if values["r"] < highest:
                 own = replace(entry, name=f"{name}-truncated", type="TruncateAdapter", values={})
                 yield own, PASSES["TruncateAdapter"], {"r": values["r"]}
+
+    def _holds_out(self, pass_: Pass, values: dict[str, Any]) -> bool:
+        """True if the pass trains, and has examples to see its held-out loss on."""
+        if not _trains(pass_):
+            return False
+        with contextlib.suppress(ConfigError):
+            name = choose_data(values.get(pass_.data[0]), self.config.data)
+            return any(values.get(key) for key in pass_.data[1:]) or self.config.data[name].test_fraction > 0
+        return False
 
     def _system(self, entry: PassEntry) -> SystemConfig:
         return self.config.systems.get(entry.host or self.config.host or "local", LOCAL)
