@@ -57,6 +57,20 @@ def test_the_python_of_the_readme_works(llama_folder: Path, tmp_path: Path, monk
     assert (tmp_path / "onnx-int4" / "genai_config.json").is_file()
 
 
+def test_the_workflow_of_the_docs_is_short_and_plans(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    (text,) = blocks(ROOT / "docs" / "workflows.md", "yaml")
+    assert len(text.splitlines()) <= 20
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "phrases.jsonl", tone_rows(40))
+    (tmp_path / "workflow.yaml").write_text(text.replace("smollm2-135m", str(llama_folder)), encoding="utf-8")
+    assert main(["run", "workflow.yaml", "--dry-run"]) == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert "space: passes.int4.block_size: 32, 128" in shown and "search: tpe, 12 trials" in shown
+
+
 @pytest.mark.parametrize("file", PAGES, ids=lambda f: f.name)
 def test_links_lead_somewhere(file: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text(encoding="utf-8")):

@@ -43,6 +43,7 @@ from phinetune.workflow.passes import Pass, PassJob, parse_pass
 from phinetune.workflow.spaces import Space, fill
 from phinetune.workflow.stages import PASSES, choose_data
 from phinetune.workflow.store import Store
+from phinetune.workflow.targets import absent_target, target_of, with_memory
 
 LOCAL = SystemConfig()
 
@@ -85,8 +86,7 @@ class Workflow:
     @property
     def target(self) -> AcceleratorConfig | None:
         """The accelerator that the result is for."""
-        name = self.config.target
-        return self.config.systems[name].accelerator if name in self.config.systems else None
+        return target_of(self.config)
 
     def steps(self, chosen: dict[str, Any], on_event: OnEvent = log_event, truncated: bool = False) -> list[Step]:
         """The steps with `chosen` values in the spaces (path -> value). Raises ConfigError with what does not fit.
@@ -236,7 +236,8 @@ def _examine(
 
     goals, store, digests = Goals(), None, {}
     try:
-        goals = parse_goals(config.constraints, config.objectives, list(measurements()))
+        goals = with_memory(parse_goals(config.constraints, config.objectives, list(measurements())), config)
+        problems += absent_target(config, goals)
     except ConfigError as error:
         note(error)
     try:
