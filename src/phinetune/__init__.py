@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from phinetune.exporting.config import ExportConfig
     from phinetune.generation.load import load_generator
     from phinetune.lora.config import LoraConfig
+    from phinetune.olive.reading import run_file
     from phinetune.serving.chat import ChatSession
     from phinetune.workflow.assess import assess
     from phinetune.workflow.evaluate import evaluate
@@ -28,10 +29,14 @@ if TYPE_CHECKING:
     from phinetune.workflow.export_adapters import export_adapters
     from phinetune.workflow.finetune import finetune
     from phinetune.workflow.merge import merge
+    from phinetune.workflow.passes import Pass, PassJob
     from phinetune.workflow.quickstart import quickstart
     from phinetune.workflow.truncate import truncate
 
 _HOME = {
+    "Pass": "phinetune.workflow.passes",
+    "PassJob": "phinetune.workflow.passes",
+    "run_file": "phinetune.olive.reading",
     "ChatSession": "phinetune.serving.chat",
     "DataConfig": "phinetune.data.messages",
     "ExportConfig": "phinetune.exporting.config",
@@ -54,6 +59,8 @@ __all__ = [
     "DataConfig",
     "ExportConfig",
     "LoraConfig",
+    "Pass",
+    "PassJob",
     "PhinetuneError",
     "__version__",
     "assess",
@@ -64,6 +71,7 @@ __all__ = [
     "load_generator",
     "merge",
     "quickstart",
+    "run_file",
     "truncate",
 ]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -184,8 +183,7 @@ def _workers(workflow: Workflow, output: Path, worker: bool) -> Iterator[None]:
         for number in range(1, count + 1):
             log = held.enter_context((output / f"worker-{number}.log").open("ab"))
             command = [sys.executable, "-m", "phinetune", "run", str(folder / "workflow.json"), "--worker", "--quiet"]
-            environment = {**os.environ, "PHINETUNE_WORKER": str(number)}
-            started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+            started.append(subprocess.Popen(command, stdout=log, stderr=log))
         try:
             yield
         finally:

@@ -114,7 +114,7 @@ class Search:
         self.phase = 0
         self.phases = _phases(workflow.spaces, search.order)
         names = [self.name if len(self.phases) == 1 else f"{self.name}-{i}" for i in range(len(self.phases))]
-        self.studies = [open_study(workflow, search, name, self.limit) for name in names]
+        self.studies = [open_study(workflow, search, name, self.limit, worker) for name in names]
         self.losses = open_losses(workflow, search, self.name) if search.pruner != "none" else None
         self.stale = {(i, t.number) for i, study in enumerate(self.studies) for t in study.trials if is_stale(t)}
 

@@ -38,12 +38,12 @@ def study_key(workflow: Workflow) -> str:
     )
 
 
-def open_study(workflow: Workflow, search: SearchConfig, name: str, limit: int) -> Any:
+def open_study(workflow: Workflow, search: SearchConfig, name: str, limit: int, worker: bool = False) -> Any:
     """The study called `name`, made if need be. Raises ConfigError for a storage that cannot be opened."""
     import optuna
 
     directions: Any = ["minimize"] * max(1, len(workflow.goals.objectives))
-    sampler = _sampler(search, bool(workflow.goals.constraints), limit)
+    sampler = _sampler(search, bool(workflow.goals.constraints), limit, worker)
     storage = _storage(workflow, search)
     with quiet_optuna():
         return optuna.create_study(
@@ -78,10 +78,10 @@ def _storage(workflow: Workflow, search: SearchConfig) -> Any:
         return optuna.storages.JournalStorage(JournalFileBackend(str(folder / f"{study_key(workflow)[:32]}.log")))
 
 
-def _sampler(search: SearchConfig, constrained: bool, limit: int) -> Any:
+def _sampler(search: SearchConfig, constrained: bool, limit: int, worker: bool) -> Any:
     import optuna
 
-    seed = search.seed + 7919 * int(os.environ.get("PHINETUNE_WORKER", "0"))  # workers must not propose the same
+    seed = search.seed + (7919 * os.getpid() if worker else 0)  # workers must not propose the same
     limits: dict[str, Any] = {}
     if constrained:
         limits["constraints_func"] = lambda trial: trial.user_attrs.get("shortfalls") or [0.0]
