@@ -126,7 +126,7 @@ def locate(error: ConfigError, text: str, file: Path) -> ConfigError:
             problems.append(problem)
             continue
         path = re.match(r"[\w. \-\[\]]+(?=:)", problem)
-        line = _line(root, re.findall(r"[^.\[\]]+", path.group())) if path else None
+        line = _line(root, re.findall(r"[^.\[\]]+", path.group())) if path and root is not None else None
         problems.append(f"{file}:{line}: {problem}" if line else f"{file}: {problem}")
     return ConfigError(problems, error.hint)
 
@@ -196,7 +196,7 @@ def read_yaml(text: str, source: str) -> Any:
 
 def _refuse_explosion(text: str, source: str) -> None:
     """Raises ConfigError for anchors that refer to one another until a few lines stand for millions of values, and for tags of YAML that
-    are no plain values (sets, binary)."""
+    are no plain values (sets, binary). Deep nesting ends it early: the scanner's time grows with the square of the depth."""
     import yaml
 
     sizes: dict[str | None, int] = {}
@@ -216,6 +216,8 @@ def _refuse_explosion(text: str, source: str) -> None:
         elif isinstance(event, yaml.events.CollectionStartEvent):
             open_at.append((event.anchor, count))
             count += 1
+            if len(open_at) > _DEEPEST:
+                raise ConfigError(f"{source}: nested too deeply")
         elif isinstance(event, yaml.events.CollectionEndEvent):
             anchor, began = open_at.pop()
             if anchor:

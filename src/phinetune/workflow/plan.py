@@ -108,7 +108,8 @@ class Workflow:
         parent, place = self.source.key, self.source.name
         for entry, pass_, values in self._entries(chosen, truncated):
             try:
-                config = parse_pass(entry, pass_, values, self.target)
+                config, wrong = self._config(entry, pass_, values)
+                problems += wrong
                 key = self._key(entry, pass_, config, parent)
             except ConfigError as error:
                 problems += error.problems
@@ -119,6 +120,19 @@ class Workflow:
             steps.append(Step(entry, pass_, job, key, parent, self._system(entry)))
             parent, place = key, str(job.output)
         return steps, problems
+
+    def _config(self, entry: PassEntry, pass_: Pass, values: dict[str, Any]) -> tuple[Any, list[str]]:
+        """(config of a pass, problems of the keys that were left out for it). Raises ConfigError if the others make none."""
+        try:
+            return parse_pass(entry, pass_, values, self.target), []
+        except ConfigError as error:
+            starts = {key: tuple(f"{entry.path}.{key}{after}" for after in ".:[") for key in values}
+            kept = {k: v for k, v in values.items() if not any(p.startswith(starts[k]) for p in error.problems)}
+            if len(kept) == len(values):
+                raise
+            with contextlib.suppress(ConfigError):
+                return parse_pass(entry, pass_, kept, self.target), error.problems
+            raise
 
     def _entries(self, chosen: dict[str, Any], truncated: bool) -> Iterator[tuple[PassEntry, Pass, dict[str, Any]]]:
         """(entry, pass, its keys with the spaces filled) of each pass of the trial."""
@@ -315,7 +329,9 @@ def find_source(config: WorkflowConfig, on_event: OnEvent = log_event) -> Source
 def missing_model(config: WorkflowConfig) -> bool:
     """True if the model that goes in must be fetched from the hub first."""
     name = config.model.path
-    if name in EMBEDDED or Path(name).expanduser().exists() or "/" not in name:
+    folder = Path(name).expanduser()
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.parent.is_dir()
+    if name in EMBEDDED or folder.exists() or not is_hub_id:
         return False
     try:
         resolve_model(name, {**config.model.model_kwargs, "local_files_only": True}, lambda event: None)
