@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,27 @@ def commands(file: Path) -> list[str]:
     return [line[2:].strip() for line in text.splitlines() if line.startswith("$ phinetune ")]
 
 
+def olive_workflow(model: Path) -> dict[str, Any]:
+    """A small configuration file of Olive's."""
+    training = {"max_steps": 1, "per_device_train_batch_size": 1}
+    preprocess = {"text_template": "{phrase}: {tone}", "source_max_len": 128, "corpus_strategy": "join"}
+    loading = {"data_name": "json", "data_files": "phrases.jsonl", "split": "train"}
+    return {
+        "input_model": {"type": "PyTorchModel", "config": {"hf_config": {"model_name": str(model), "task": "text-generation"}}},
+        "data_configs": [
+            {
+                "name": "phrases", "type": "HuggingfaceContainer",
+                "load_dataset_config": {"params": loading}, "pre_process_data_config": {"params": preprocess},
+            }
+        ],
+        "passes": {
+            "lora": {"type": "LoRA", "config": {"lora_r": 2, "train_data_config": "phrases", "training_args": training}},
+            "merge": {"type": "MergeAdapterWeights"},
+        },
+        "engine": {"search_strategy": False, "output_dir": "olive"},
+    }  # fmt: skip
+
+
 def test_generated_pages_are_current() -> None:
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec is not None and spec.loader is not None
@@ -41,6 +64,15 @@ def test_the_commands_of_the_readme_work(
     assert [c.split()[1] for c in found][:5] == ["finetune", "evaluate", "merge", "export", "chat"]
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "phrases.jsonl", tone_rows(40))
+    (workflow,) = blocks(ROOT / "README.md", "yaml")
+    for full, small in (
+        ("smollm2-135m", str(llama_folder)), ("trials: 12", "trials: 1"), ("exact_match >= 0.92", "exact_match >= 0.0"),
+        ("num_train_epochs: 3", "max_steps: 1"),
+    ):  # fmt: skip
+        assert full in workflow
+        workflow = workflow.replace(full, small)
+    (tmp_path / "workflow.yaml").write_text(workflow, encoding="utf-8")
+    (tmp_path / "olive-config.json").write_text(json.dumps(olive_workflow(llama_folder)), encoding="utf-8")
     for command in found:
         args = [str(llama_folder) if word == "smollm2-135m" else word for word in shlex.split(command)[1:]]
         extra = ["--set", "training_config.num_train_epochs=1"] if args[0] == "finetune" else []
