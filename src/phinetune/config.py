@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import re
 import typing
@@ -28,12 +29,20 @@ STRICT = {"extra": "forbid", "use_attribute_docstrings": True}
 
 def parse(cls: type[T], values: dict[str, Any], path: str = "") -> T:
     """`values` as a `cls`. Raises one ConfigError with every unknown key and wrong value, each with its path in the user's file."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(cls).validate_python(values)
+        return typing.cast(T, _adapter(typing.cast(typing.Hashable, cls)).validate_python(values))
     except ValidationError as error:
         raise ConfigError([_problem(cls, path, e) for e in error.errors()]) from None
+
+
+@functools.lru_cache(maxsize=64)
+def _adapter(cls: Any) -> Any:
+    """The pydantic validator of `cls`, made once: that takes longer than validating."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
 
 
 def _problem(cls: type, path: str, error: Any) -> str:
