@@ -55,11 +55,11 @@ def spaces_of(alternatives: Alternatives) -> tuple[list[Space], list[str]]:
         for name, several in alternatives.items()
         if len(several) > 1
     ]
-    for entry, _ in itertools.chain(*alternatives.values()):
+    for entry, pass_ in itertools.chain(*alternatives.values()):
         found = find_spaces(entry.values, entry.path, problems)
         for space in found:
             key = space.path.removeprefix(f"{entry.path}.")
-            if key.split(".")[0].split("[")[0] in NO_SPACE or key in _FIXED:
+            if key.split(".")[0].split("[")[0] in (*NO_SPACE, *pass_.data) or key in _FIXED:
                 problems.append(f"{space.path}: cannot be searched over")
         spaces += found
     return spaces, problems
