@@ -98,7 +98,7 @@ def test_every_entry_point_that_is_not_right_is_named_at_once(monkeypatch: pytes
         "c:x: adds a pass called prune, which is added by b:x already",
         "the pass Broken of d:x cannot be loaded: ImportError: no module",
         "the pass Leaver of e:x cannot be loaded: SystemExit: 3",
-        "f:x: must be a phinetune.workflow.passes.Pass (found: int)",
+        "f:x: must be a phinetune.Pass (found: int)",
     ]
 
 

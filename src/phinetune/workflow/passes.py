@@ -107,7 +107,7 @@ def pass_table() -> dict[str, Pass]:
         if isinstance(loaded, Pass):
             table[entry.name] = loaded
         else:
-            problems.append(f"{entry.value}: must be a phinetune.workflow.passes.Pass (found: {type(loaded).__name__})")
+            problems.append(f"{entry.value}: must be a phinetune.Pass (found: {type(loaded).__name__})")
     if problems:
         raise ConfigError(problems, "uninstall or mend the package")
     return table
@@ -154,9 +154,7 @@ def script_passes(script: str, path: str) -> dict[str, Pass]:
             raise ConfigError(f"{path}: {script} fails to import: {_reason(error)}") from error
     passes = getattr(sys.modules[name], "PASSES", None)
     if not isinstance(passes, dict) or not passes or not all(isinstance(p, Pass) for p in passes.values()):
-        raise ConfigError(
-            f"{path}: {script}: must define PASSES, a dictionary of names and phinetune.workflow.passes.Pass"
-        )
+        raise ConfigError(f"{path}: {script}: must define PASSES, a dictionary of names and phinetune.Pass")
     return passes
 
 
