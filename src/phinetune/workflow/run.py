@@ -87,7 +87,7 @@ def run_workflow(
                 error = str(pruned)
             except Exception as failure:
                 error = _describe(failure, log)
-                if workflow.config.search is None:
+                if not workflow.spaces:
                     raise _as_error(failure, output / LOG) from failure
             trial = TrialResult(
                 len(trials), proposal.chosen, tuple(steps), values, workflow.goals.missed(values, base) if values else {}, error,
