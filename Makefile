@@ -11,10 +11,10 @@ quickstart: $(VENV)/.phinetune
 	$(BIN)/phinetune quickstart
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 check: $(VENV)/.test $(VENV)/.check
 	$(BIN)/ruff format --check src tests benchmarks docs

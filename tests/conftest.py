@@ -14,6 +14,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(_OFFLINE)]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(_OFFLINE), *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # several test processes: threads that wait for one another's cores are very slow
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import sitecustomize  # noqa: E402
 

@@ -112,3 +112,14 @@ def test_links_lead_somewhere(file: Path) -> None:
 def test_the_two_commands_are_in_the_first_screen_of_the_readme() -> None:
     first = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:30])
     assert "make quickstart" in first and "make test" in first
+
+
+@pytest.mark.parametrize("name", ["workflow.yaml", "olive-config.json"])
+def test_the_examples_plan(
+    name: str, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    monkeypatch.chdir(tmp_path)
+    args = ["run", str(ROOT / "examples" / name), "--dry-run", "--set", f"model.path={llama_folder}"]
+    assert main(args if name.endswith("json") else [*args[:-1], f"model={llama_folder}"]) == 0, capsys.readouterr().err
+    assert "MergeAdapterWeights" in capsys.readouterr().out

@@ -135,9 +135,10 @@ class Search:
 
         states = optuna.trial.TrialState
         if proposal.losses is not None and self.losses is not None:
-            self.losses.tell(proposal.losses, proposal.last_loss, skip_if_finished=True) if (
-                proposal.last_loss is not None and not trial.error
-            ) else self.losses.tell(proposal.losses, state=states.PRUNED)
+            if proposal.last_loss is not None and not trial.error:
+                self.losses.tell(proposal.losses, proposal.last_loss)
+            else:
+                self.losses.tell(proposal.losses, state=states.PRUNED)
         if proposal.trial is None:
             return
         for name, value in (("values", dict(trial.values)), ("error", trial.error), ("seconds", trial.seconds)):
@@ -189,9 +190,8 @@ class Search:
             for _ in range(100):  # proposals that were tried already are answered at once
                 trials = [t for t in study.trials if (self.phase, t.number) not in self.stale and not is_void(t)]
                 tried = {_canonical(t.user_attrs["chosen"]): t for t in trials if "chosen" in t.user_attrs}
-                if len(tried) >= self.limit or (
-                    self.search.stop_when_met and any(self._is_feasible(t) for t in trials)
-                ):
+                met = self.search.stop_when_met and any(self._is_feasible(t) for t in trials)
+                if met or len(tried) >= min(self.limit, _combinations(spaces)):
                     return None
                 trial = study.ask(
                     {s.path: distribution(s) for s in spaces} if self.search.sampler != "exhaustive" else None
@@ -294,6 +294,11 @@ def _phases(spaces: list[Space], order: str) -> list[list[Space]]:
         return [spaces]
     names = list(dict.fromkeys(_pass_of(s) for s in spaces))
     return [[s for s in spaces if _pass_of(s) == name] for name in names]
+
+
+def _combinations(spaces: list[Space]) -> float:
+    """How many there are; infinity with a range that has no step."""
+    return math.prod(math.inf if space.count is None else space.count for space in spaces)
 
 
 def _pass_of(space: Space) -> str:
