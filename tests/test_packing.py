@@ -242,7 +242,7 @@ def test_texts_without_a_prompt_have_a_loss_but_no_answers(llama_folder: Path, f
     data = {"path": str(file), "text": "{phrase}"}
     adapter = finetune(str(llama_folder), data, {**FAST, "max_steps": 1}, {"r": 4}, FP32, tmp_path / "adapter")
     assert adapter.manifest["figures"]["eval_perplexity"] > 1
-    with pytest.raises(ConfigError, match="there is no answer to compare") as caught:
+    with pytest.raises(ConfigError, match="there is nothing to answer") as caught:
         evaluate(str(adapter.folder))
     assert len(caught.value.problems) == 1
     assert prompt_template(adapter.manifest["data"]) == ""

@@ -307,7 +307,7 @@ def oldest(values: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "spelling",
     [nested, old_model, oldest_model, old_texts, old_lora, old_search, old_accelerators, oldest, "params", "kwargs", "components", "mixture"],
-    ids=str,
+    ids=lambda spelling: getattr(spelling, "__name__", spelling),
 )  # fmt: skip
 def test_old_and_new_spellings_mean_the_same(spelling: Any) -> None:
     changed = old_data(new(), spelling) if isinstance(spelling, str) else spelling(new())
