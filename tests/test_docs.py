@@ -74,7 +74,9 @@ def test_the_commands_of_the_readme_work(
     (tmp_path / "workflow.yaml").write_text(workflow, encoding="utf-8")
     (tmp_path / "olive-config.json").write_text(json.dumps(olive_workflow(llama_folder)), encoding="utf-8")
     for command in found:
-        args = [str(llama_folder) if word == "smollm2-135m" else word for word in shlex.split(command, comments=True)[1:]]
+        args = [
+            str(llama_folder) if word == "smollm2-135m" else word for word in shlex.split(command, comments=True)[1:]
+        ]
         extra = ["--set", "training_config.num_train_epochs=1"] if args[0] == "finetune" else []
         extra += ["--max-new-tokens", "4"] if args[0] == "chat" else []
         assert main([*args, *extra]) == 0, (command, capsys.readouterr().err)

@@ -151,6 +151,33 @@ def test_a_dry_run_computes_nothing(llama_folder: Path, tmp_path: Path, capsys: 
     assert "yes" in rows["one"] and "no" in rows["two"]
 
 
+def test_a_dry_run_shows_what_such_passes_took_before(
+    llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = values(llama_folder, tmp_path, one={"x": 1, "seconds": 1.2})
+    assert main(["run", str(write_workflow(tmp_path, content)), "-q"]) == 0
+    facts = next((tmp_path / "cache" / "entries").glob("*.json"))
+    if sys.platform == "linux":
+        assert json.loads(facts.read_text())["peak_bytes"] > 10e6
+    content["passes"]["one"]["x"] = 2
+    capsys.readouterr()
+    assert main(["run", str(write_workflow(tmp_path, content)), "--dry-run"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("one")]
+    assert (
+        row.split()[4] == "no"
+        and row.rstrip().endswith("1 s")
+        and (sys.platform != "linux" or "MB" in row or "GB" in row)
+    )
+
+
+def test_secrets_stay_out_of_the_cache_and_the_output(llama_folder: Path, tone_file: Path, tmp_path: Path) -> None:
+    content = lora_workflow(llama_folder, tone_file, tmp_path, max_steps=1)
+    content["passes"]["lora"]["model_kwargs"] = {"token": "hf_verysecret"}
+    run(content)
+    for file in [*(tmp_path / "cache").rglob("*"), *(tmp_path / "out").rglob("*")]:
+        assert not file.is_file() or b"hf_verysecret" not in file.read_bytes(), file
+
+
 def test_every_problem_is_said_at_once_with_its_line(
     llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

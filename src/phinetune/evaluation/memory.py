@@ -6,12 +6,13 @@ memory is counted. The figure holds Python and the libraries too, as in use. Wha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,36 @@ def resident_peak() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024  # bytes on macOS, kB elsewhere
+
+
+class WatchedMemory:
+    """The most main memory since `watched_memory` began, `peak_bytes`: this process's or its largest child's; None where it is not known."""
+
+    peak_bytes: int | None = None
+
+
+@contextlib.contextmanager
+def watched_memory() -> Iterator[WatchedMemory]:
+    """Watch what happens inside; the figure is there afterwards. Linux only: elsewhere a process's peak cannot be set back."""
+    found, children = WatchedMemory(), _children_peak()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM back to what is resident now
+    except OSError:
+        yield found
+        return
+    yield found
+    own, grown = resident_peak(), _children_peak()
+    found.peak_bytes = max(own or 0, grown if grown > children else 0) or None
+
+
+def _children_peak() -> int:
+    """Bytes of the largest child so far; 0 where that is not known."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
 
 
 def check_memory_can_be_measured() -> None:

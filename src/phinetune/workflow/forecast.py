@@ -1,7 +1,6 @@
 """What a run would do, before it does it: steps, what is cached, what will be fetched, and how much memory and time they took before.
 
-Time and memory are those of the nearest earlier run in the cache (same pass on a model of the same size), or the least that the weights
-alone need. Nothing is computed and nothing is fetched.
+Time and memory are those of the same pass when it last ran on the same base model, as the cache notes them. Nothing is computed and nothing is fetched.
 """
 
 from __future__ import annotations
@@ -17,12 +16,6 @@ from phinetune.workflow.plan import Step, Workflow, missing_model
 from phinetune.workflow.run import chosen_steps
 from phinetune.workflow.spaces import Space
 
-_WEIGHTS = {
-    "hf": 1.3,
-    "adapter": 2.0,
-    "onnx": 4.5,
-}  # times the base's bytes: merge streams, training holds base + state, the builder float32 copies
-
 
 @dataclass(frozen=True)
 class PlannedStep:
@@ -33,10 +26,10 @@ class PlannedStep:
     takes: str
     gives: str
     cached: bool
-    memory: float
-    """Bytes, roughly; 0 where it is not known."""
+    memory: int | None
+    """Most bytes that it took on this model before; None where it never ran."""
     seconds: float | None
-    """Seconds that it took on this model before; None where it never ran."""
+    """Seconds that it took then."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +51,17 @@ def forecast(workflow: Workflow, only: str | None = None, until: str | None = No
         rows.append(
             PlannedStep(
                 step.entry.name, step.entry.type, kind, step.pass_.gives, cached,
-                0.0 if cached else size * _WEIGHTS.get(step.pass_.gives, 1.0), 0.0 if cached else _seconds(step, workflow),
+                *((None, 0.0) if cached else _before(step, workflow)),
             )
         )  # fmt: skip
         kind = step.pass_.gives
     lines = [
         f"input: {workflow.source.name}" + (", to be fetched from the hub" if missing_model(workflow.config) else "")
     ]
+    if size:
+        lines.append(
+            f"weights of the input: {size / 1e6:.0f} MB; memory and time are those of the last such pass in this cache"
+        )
     lines += [f"space: {_text(space)}" for space in workflow.spaces]
     search = workflow.config.search
     if search and workflow.spaces:
@@ -82,8 +79,8 @@ def forecast(workflow: Workflow, only: str | None = None, until: str | None = No
     return Forecast(rows, lines)
 
 
-def _seconds(step: Step, workflow: Workflow) -> float | None:
-    """What the same pass took last on the same input, else on any."""
+def _before(step: Step, workflow: Workflow) -> tuple[int | None, float | None]:
+    """(bytes, seconds) of the same pass when it last ran on this base model; on the same input, if it did."""
     known = []
     for file in (workflow.store.folder / "entries").glob("*.json"):
         try:
@@ -91,8 +88,11 @@ def _seconds(step: Step, workflow: Workflow) -> float | None:
         except (OSError, ValueError):
             continue
         if facts.get("pass") == step.entry.type and facts.get("source") == workflow.source.key and facts.get("seconds"):
-            known.append((facts.get("parent") == step.parent, float(facts.get("used") or 0), float(facts["seconds"])))
-    return max(known)[2] if known else None
+            known.append((facts.get("parent") == step.parent, float(facts.get("used") or 0), facts))
+    if not known:
+        return None, None
+    facts = max(known, key=lambda k: k[:2])[2]
+    return facts.get("peak_bytes"), float(facts["seconds"])
 
 
 def _weights(workflow: Workflow) -> float:

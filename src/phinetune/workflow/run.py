@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 from phinetune.artifact import building, disk_errors, read_manifest
 from phinetune.errors import ConfigError, InfeasibleError, PassError, PhinetuneError, did_you_mean
+from phinetune.evaluation.memory import watched_memory
 from phinetune.events import Event, Note, OnEvent, log_event
 from phinetune.quiet import working
 from phinetune.systems.running import run_module
@@ -32,6 +33,7 @@ from phinetune.workflow.deliver import check_place, deliver
 from phinetune.workflow.goals import Values
 from phinetune.workflow.outcome import RunResult, StepResult, TrialResult
 from phinetune.workflow.plan import Step, Workflow, default_evaluation
+from phinetune.workflow.redact import without_secrets
 from phinetune.workflow.search import Proposals, Pruned, propose
 
 LOG = "run.log"
@@ -73,14 +75,15 @@ def run_workflow(
                             workflow.store.making(step.key, step.entry.path, log),
                             working(log),
                             _placing(step, workflow) as place,
+                            watched_memory() as memory,
                         ):
                             if place is not None and step.system.type == "local":
                                 place[1]["figures"] = step.pass_.run(step.job, place[0]) or {}
                             elif place is not None:
                                 _run_elsewhere(step, workflow, output, log)
-                        steps.append(_finish(step, workflow, False, log))
+                        steps.append(_finish(step, workflow, False, memory.peak_bytes, log))
                     else:
-                        steps.append(_finish(step, workflow, True, log))
+                        steps.append(_finish(step, workflow, True, None, log))
                 for done in steps if default_evaluation(workflow.config).every_pass else steps[-1:]:
                     values = assess_artifact(workflow, done, log)
             except Pruned as pruned:
@@ -117,8 +120,8 @@ def _placing(step: Step, workflow: Workflow) -> Iterator[tuple[Path, dict[str, A
             yield partial, record
 
 
-def _finish(step: Step, workflow: Workflow, cached: bool, on_event: OnEvent) -> StepResult:
-    """Note in the store how the artifact was made, and say that it is there."""
+def _finish(step: Step, workflow: Workflow, cached: bool, peak: int | None, on_event: OnEvent) -> StepResult:
+    """Note in the store how the artifact was made, with the most memory that it took, and say that it is there."""
     if not workflow.store.has(step.key):
         raise PassError(f"{step.entry.path}: {step.entry.type} left no finished artifact in {step.job.output}")
     manifest = read_manifest(step.job.output)
@@ -128,7 +131,10 @@ def _finish(step: Step, workflow: Workflow, cached: bool, on_event: OnEvent) -> 
     if not workflow.store.facts(step.key):
         workflow.store.record(
             step.key,
-            {"pass": step.entry.type, "parent": step.parent, "source": workflow.source.key, "kind": step.pass_.gives, "seconds": manifest.get("seconds"), "config": asdict(step.job.config)},
+            {
+                "pass": step.entry.type, "parent": step.parent, "source": workflow.source.key, "kind": step.pass_.gives,
+                "seconds": manifest.get("seconds"), "peak_bytes": peak, "config": without_secrets(asdict(step.job.config)),
+            },
         )  # fmt: skip
     return StepResult(
         step.entry.name, step.entry.type, step.key, step.parent, step.pass_.gives, step.job.output, float(manifest.get("seconds") or 0), cached
