@@ -48,9 +48,9 @@ def run_workflow(
 ) -> RunResult:
     """Run `workflow` and deliver its result into its output folder.
 
-    until: stop after that pass, only: run that pass alone, on what earlier runs left. worker: take part in the search of another run, which
-    chooses and delivers. Raises PassError for a pass that fails by a bug,
-    the pass's own PhinetuneError for what the user can mend, InfeasibleError if no trial meets every constraint.
+    until: stop after that pass. only: run that pass alone, on what earlier runs left. worker: take part in the search of another run,
+    which chooses and delivers. Raises PassError for a pass that fails by a bug, the pass's own PhinetuneError for what the user can mend,
+    InfeasibleError if no trial meets every constraint.
     """
     output = Path(workflow.config.output_dir).expanduser()
     check_place(output)

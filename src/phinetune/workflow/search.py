@@ -211,7 +211,10 @@ class Search:
                     return Proposal(chosen, truncated, trial, self._loss_trial(chosen))
                 trial.set_user_attr("void", True)
                 trial.set_user_attr("shortfalls", earlier.user_attrs.get("shortfalls") or [])
-                study.tell(trial, earlier.values) if earlier.values else study.tell(trial, state=_failed())
+                if earlier.values:
+                    study.tell(trial, earlier.values)
+                else:
+                    study.tell(trial, state=_failed())
         return None
 
     def _values(

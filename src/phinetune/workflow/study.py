@@ -20,7 +20,6 @@ from phinetune.workflow.plan import Workflow, default_evaluation
 from phinetune.workflow.spaces import Space
 
 _WARMUP = 4  # trials whose training is never stopped
-FAILED = "FAIL"
 
 
 def study_key(workflow: Workflow) -> str:
