@@ -6,7 +6,7 @@ on the padding has no label.
 `tree`: all examples in one row, with the prefix that their prompts share computed once.
 
     position   0 1 2 3 | 4 5 6   | 4 5        prefix | branch of example 0 | branch of example 1
-    may see    prefix  | prefix + own branch | prefix + own branch          (`allowed`, a boolean (1, 1, T, T) mask)
+    may see    prefix  | prefix + own branch | prefix + own branch          (`tree`: the lengths 4, 3, 2)
 
 Every token sees exactly the tokens it would see alone, at the same positions, so the loss is that of the padded batch and so is the
 gradient: the prefix's is the sum over the branches. With nothing shared this is padding-free batching. Which layout is used is
@@ -88,27 +88,21 @@ def padded_batch(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch
 
 
 def tree_batch(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """input_ids, labels and position_ids (1, T), and allowed (1, 1, T, T): which token may see which."""
+    """input_ids, labels and position_ids (1, T), and tree (1 + n): the length of the prefix, then of each branch."""
     import torch
 
     prefix = shared_prefix(rows)
-    ids, positions, labels, branch = (
-        list(rows[0]["input_ids"][:prefix]),
-        list(range(prefix)),
-        [MASKED] * prefix,
-        [-1] * prefix,
-    )
-    for i, row in enumerate(rows):
+    ids, positions, labels = list(rows[0]["input_ids"][:prefix]), list(range(prefix)), [MASKED] * prefix
+    lengths = [prefix]
+    for row in rows:
         own = row["input_ids"][prefix:]
         ids += own
         positions += range(prefix, prefix + len(own))
         labels += [MASKED, *row["labels"][prefix + 1 :]]  # a branch's first token has no predecessor of its own
-        branch += [i] * len(own)
-    of = torch.tensor(branch)
-    allowed = ((of[None, :] == of[:, None]) | (of[None, :] == -1)).tril()
+        lengths.append(len(own))
     return {
         "input_ids": torch.tensor([ids]),
         "labels": torch.tensor([labels]),
         "position_ids": torch.tensor([positions]),
-        "allowed": allowed[None, None],
+        "tree": torch.tensor(lengths),
     }

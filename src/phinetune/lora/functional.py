@@ -101,8 +101,8 @@ def _forward(
     scaling: float,
     mask: Tensor | None,
     spans: Spans,
-) -> tuple[Tensor, Tensor]:
-    """(y (..., out), x̃ Aᵀ (N, slices · r))."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y (..., out), x̃ Aᵀ (N, slices · r), A and B in x's dtype)."""
     flat = x.reshape(-1, x.shape[-1])  # (N, in)
     A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     down = F.linear(flat if mask is None else flat * mask.reshape(flat.shape), A)
@@ -112,7 +112,7 @@ def _forward(
     rows = y.view(-1, y.shape[-1])
     for (start, stop), low, high in _slices(spans, B.shape[1]):
         rows[:, start:stop].addmm_(down[:, low], B[high].t(), alpha=scaling)
-    return y, down
+    return y, down, A, B
 
 
 def _slices(spans: Spans, r: int) -> Iterator[tuple[tuple[int, int], slice, slice]]:
@@ -128,21 +128,21 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, mask, spans):  # type: ignore[no-untyped-def]
-        y, down = _forward(x, weight, bias, lora_A, lora_B, scaling, mask, spans)
+        y, down, A, B = _forward(x, weight, bias, lora_A, lora_B, scaling, mask, spans)
         ctx.quantized = weight if is_quantized(weight) else None  # its dense form is made again when it is needed
-        ctx.save_for_backward(x, None if ctx.quantized is not None else weight, lora_A, lora_B, down, mask)
+        ctx.save_for_backward(x, None if ctx.quantized is not None else weight, lora_A, lora_B, A, B, down, mask)
         ctx.scaling, ctx.spans = scaling, spans
         return y
 
     @staticmethod
     def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
-        x, weight, lora_A, lora_B, down, mask = ctx.saved_tensors
+        x, weight, lora_A, lora_B, A, B, down, mask = ctx.saved_tensors
         weight = ctx.quantized if weight is None else weight
         flat, g = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])  # (N, in), (N, out)
-        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         flat_mask = None if mask is None else mask.reshape(flat.shape)
         dropped = flat if flat_mask is None else flat * flat_mask
-        if torch.is_grad_enabled():  # a second derivative is wanted: x Aᵀ must depend on x and A again
+        if torch.is_grad_enabled():  # a second derivative is wanted: A, B and x Aᵀ must depend on the factors again
+            A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
             down = F.linear(dropped, A)
         slices = list(_slices(ctx.spans, B.shape[1]))
         one = len(slices) == 1 and slices[0][0] == (0, g.shape[1])  # over all rows: nothing to cut

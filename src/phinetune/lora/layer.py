@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from phinetune.errors import ConfigError
 from phinetune.lora.frozen import dense
+from phinetune.lora.functional import lora_linear
 
 
 class LoRALayer:
@@ -37,6 +38,8 @@ class LoRALayer:
     r: int
     scaling: float
     merged: bool
+    arithmetic = staticmethod(lora_linear)
+    """What a linear layer computes with; `lora_linear_reference` is the slow way to the same."""
     plain: nn.Module | None = None
     """The layer of the model that this one stands for, sharing its weight; None for a layer built by hand."""
     lora_magnitude_vector: nn.Parameter | None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from phinetune.errors import ConfigError
 from phinetune.lora.fold import fold
 from phinetune.lora.frozen import dense
-from phinetune.lora.functional import Spans, lora_linear
+from phinetune.lora.functional import Spans
 from phinetune.lora.layer import LoRALayer, adopt, dora_scale, product
 
 
@@ -30,6 +30,8 @@ class Linear(LoRALayer, nn.Linear):
     lora_A_start: Tensor | None
     lora_B_start: Tensor | None
     """Factors to start from (PiSSA, OLoRA), whose product is taken off again, so that the base need not be changed."""
+    shared: Any = None
+    """The `SharedInput` that computes this layer together with its neighbours, if one does (`group.py`)."""
 
     def __init__(
         self,
@@ -102,12 +104,14 @@ class Linear(LoRALayer, nn.Linear):
         if self.r == 0 or self.merged:
             weight = dense(self.weight, input.dtype)
             return F.linear(input, weight.t() if self.fan_in_fan_out else weight, self.bias)
+        if self.shared is not None and (ready := self.shared.take(self, input)) is not None:
+            return ready
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         A, B = self.factors()
         mask = self.dropout_mask(input)
         if self.lora_magnitude_vector is None:
-            return lora_linear(input, weight, self.bias, A, B, self.scaling, mask)
-        y = lora_linear(input, weight, None, A, B, self.scaling, mask) * dora_scale(self).to(input.dtype)
+            return self.arithmetic(input, weight, self.bias, A, B, self.scaling, mask)
+        y = self.arithmetic(input, weight, None, A, B, self.scaling, mask) * dora_scale(self).to(input.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -222,7 +226,7 @@ class MergedLinear(LoRALayer, nn.Linear):
             return F.linear(input, weight.t() if self.fan_in_fan_out else weight, self.bias)
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         mask = self.dropout_mask(input)
-        return lora_linear(input, weight, self.bias, self.lora_A, self.lora_B, self.scaling, mask, self.spans)
+        return self.arithmetic(input, weight, self.bias, self.lora_A, self.lora_B, self.scaling, mask, self.spans)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, slices={self.slices}, enable_lora={self.enable_lora}"

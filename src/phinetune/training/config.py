@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from phinetune.data.batches import Layout
 from phinetune.errors import ConfigError, did_you_mean
 from phinetune.events import Note, OnEvent, log_event
+from phinetune.model.fast import FastPaths, read_fast_paths
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ _ELSEWHERE = {
     "assistant_only_loss": "data.learn_prompt; only answers are learned without it",
     "packing": "data.strategy (join), or training_config.layout",
 }
-OWN_KEYS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "layout")
+OWN_KEYS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "layout", "fast_paths", "reference")
 """Keys of training_config that finetune itself takes."""
 
 
@@ -77,6 +78,7 @@ class TrainingPlan:
     overwrite: bool = False
     resume_from_checkpoint: str | bool | None = None
     layout: Layout = "auto"
+    fast_paths: FastPaths = FastPaths()
 
 
 def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_event) -> TrainingPlan:
@@ -116,8 +118,19 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
         problems.append("training_config.push_to_hub: nothing is sent anywhere; upload the output folder yourself")
     if own.get("layout", "auto") not in ("auto", "padded", "tree"):
         problems.append(f"training_config.layout: must be auto, padded or tree (found: {own['layout']!r})")
+    try:
+        fast_paths = read_fast_paths(own.get("fast_paths"), "training_config.fast_paths")
+    except ConfigError as error:
+        problems += error.problems
+    if not isinstance(own.get("reference", False), bool):
+        problems.append(f"training_config.reference: must be true or false (found: {own['reference']!r})")
+    if own.get("reference") is True and (own.get("fast_paths") or own.get("layout", "padded") != "padded"):
+        problems.append("training_config.reference: turns every fast path off; leave out fast_paths and layout")
     if problems:
         raise ConfigError(problems)
+    if own.get("reference"):
+        fast_paths, own["layout"] = FastPaths.none(), "padded"
+        on_event(Note("training: the reference, without any fast path"))
     wanted = "bfloat16" if values.pop("bf16", False) else None
     if values.pop("fp16", False):
         on_event(
@@ -133,6 +146,7 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
         bool(own.get("overwrite_output_dir", False)),
         own.get("resume_from_checkpoint"),
         own.get("layout", "auto"),
+        fast_paths,
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from phinetune.errors import ConfigError, TrainingError
 from phinetune.events import Note, OnEvent, log_event
+from phinetune.model.fast import FastPaths
 from phinetune.training.trainer import AdapterTrainer, EventCallback, is_whole, last_checkpoint
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def fit(
     load_state: Callable[[Path], None],
     resume_from_checkpoint: str | bool | None = None,
     parameter_groups: Callable[[Any, float, float], list[dict[str, Any]]] | None = None,
+    fast_paths: FastPaths = FastPaths(),  # noqa: B008  immutable
     on_event: OnEvent = log_event,
 ) -> dict[str, Any]:
     """Train `model` in place and return the run's figures: steps, seconds, tokens per second, losses.
@@ -57,6 +59,7 @@ def fit(
             save_state=save_state,
             load_state=load_state,
             parameter_groups=parameter_groups,
+            fast_paths=fast_paths,
         )
     except (ValueError, ImportError, RuntimeError) as error:  # such as a logging integration that is not installed
         raise ConfigError(f"training_config: {str(error).splitlines()[0]}") from error

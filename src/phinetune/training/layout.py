@@ -13,7 +13,8 @@ from typing import Any
 from phinetune.data.batches import Layout, padded_batch, tree_batch
 from phinetune.errors import ConfigError
 from phinetune.events import Note, OnEvent, log_event
-from phinetune.training.loss import additive_mask
+from phinetune.model.fast import ATTENTION
+from phinetune.training.rows import tree_mask
 
 _LOCAL = ("attention_types", "window_size", "block_types", "layers_block_type", "alibi")
 
@@ -40,7 +41,7 @@ def _config_reason(model: Any, longest: int) -> str | None:
     config = model.config.get_text_config()
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return "the model takes no position_ids"
-    if config._attn_implementation not in ("eager", "sdpa"):
+    if config._attn_implementation not in ("eager", "sdpa", ATTENTION):
         return f"{config._attn_implementation} takes no mask of this shape"
     if others := {t for t in getattr(config, "layer_types", None) or [] if t != "full_attention"}:
         return f"the model has layers of {', '.join(sorted(others))}"
@@ -61,7 +62,7 @@ def _probe_reason(model: Any) -> str | None:
 
     def tree_logits(first: int) -> torch.Tensor:
         batch = {k: v.to(model.device) for k, v in tree_batch(rows(first)).items()}
-        mask = additive_mask(batch["allowed"], model.dtype)
+        mask = tree_mask(model, batch["tree"], model.dtype)
         ids, positions = batch["input_ids"], batch["position_ids"]
         out = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
         last: torch.Tensor = out.logits[0, -4:].float()

@@ -34,6 +34,7 @@ from phinetune.errors import ConfigError, TrainingError
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.lora.config import LoraConfig, parse_lora_config
 from phinetune.model.contract import PromptContract
+from phinetune.model.fast import FastPaths, speed_up
 from phinetune.model.folder import base_key, resolve_model
 from phinetune.model.load import LoadPlan, load_base_contract, load_model, plan_load, read_model_config
 from phinetune.training.config import TrainingPlan, fit_to_machine, read_training_config, training_arguments
@@ -111,13 +112,14 @@ def finetune(
         from phinetune.training.fit import fit
         from phinetune.training.layout import choose_layout
 
-        session = _Session(base, name, contents["base_key"], load_plan, asked.lora, arguments.seed, on_event)
+        fast = asked.training.fast_paths
+        session = _Session(base, name, contents["base_key"], load_plan, asked.lora, fast, arguments.seed, on_event)
         layout = choose_layout(session.model, asked.training.layout, train.longest, on_event)
         collator, resume = Collator(contract.pad_token_id, width, layout), asked.training.resume_from_checkpoint
         wanted = test if asked.training.values.get("do_eval") is not False else test.subset([])
         groups = session.parameter_groups if asked.lora.loraplus_lr_ratio else None
         figures = fit(
-            session.model, train, wanted, collator, arguments, session.save, session.load, resume, groups, on_event
+            session.model, train, wanted, collator, arguments, session.save, session.load, resume, groups, fast, on_event
         )
         if arguments.process_index == 0:
             session.save(partial)
@@ -240,7 +242,14 @@ def _key(asked: _Request, contents: dict[str, str]) -> str:
     kwargs = {k: v for k, v in asked.model_kwargs.items() if k not in _SECRET}
     evaluated = [asdict(asked.eval_data) | {"path": ""}] if asked.eval_data is not None else []
     return content_key(
-        contents, asdict(asked.data) | {"path": ""}, asdict(asked.lora), plan.values, plan.layout, kwargs, *evaluated
+        contents,
+        asdict(asked.data) | {"path": ""},
+        asdict(asked.lora),
+        plan.values,
+        plan.layout,
+        asdict(plan.fast_paths),
+        kwargs,
+        *evaluated,
     )
 
 
@@ -269,19 +278,29 @@ class _Session:
     """The base model with fresh, seeded LoRA layers in train mode, and how its trained state is written and read back."""
 
     def __init__(
-        self, base: Path, name: str, key: str, plan: LoadPlan, lora: LoraConfig, seed: int, on_event: OnEvent
+        self,
+        base: Path,
+        name: str,
+        key: str,
+        plan: LoadPlan,
+        lora: LoraConfig,
+        fast: FastPaths,
+        seed: int,
+        on_event: OnEvent,
     ) -> None:
         from transformers import set_seed
 
+        from phinetune.lora.group import choose_arithmetic
         from phinetune.lora.injection import inject
         from phinetune.lora.layer import lora_size
         from phinetune.workflow.original import OriginalWeights
 
-        self.model, self.name, self.base_key = load_model(base, plan), name, key
+        self.model, self.name, self.base_key = speed_up(load_model(base, plan), fast, on_event), name, key
         self.quantization = plan.quantization
         set_seed(seed)
         original = OriginalWeights(base) if lora.init_lora_weights == "loftq" else None
         self.adapter = inject(self.model, lora, original, on_event)
+        choose_arithmetic(self.model, fast)
         self.model.train()
         self.size = lora_size(self.model)
         share = self.size.trainable / self.size.total

@@ -1,0 +1,163 @@
+"""LoRA layers that share their input, such as the projections to query, key and value: one autograd function for all of them.
+
+Each alone multiplies x with factors of r columns, a product too slim to be fast, forms a gradient of x, and leaves it to autograd to add
+these up. Together (A stacked: one product x Aᵀ of all ranks, one Aᵀ-gradient, one sum)
+
+    y_i = x W_iᵀ + b_i + s_i · (x Aᵀ)_i B_iᵀ        dx = Σ g_i W_i + U A        dA = Uᵀ x        dB_i = s_i · g_iᵀ (x Aᵀ)_i        U_i = s_i · g_i B_i
+
+The model keeps calling its layers one by one: the first one called with x computes for all, the others, given the very same tensor,
+take what is theirs. Given another tensor, a layer computes for itself: nothing depends on the order or on being called at all.
+
+Not here: the single layer (`functional.py`), finding layers for anything but the common names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phinetune.lora.frozen import dense, is_quantized
+from phinetune.lora.functional import lora_linear_reference
+from phinetune.lora.layer import LoRALayer
+from phinetune.lora.linear import Linear
+from phinetune.model.fast import FastPaths
+
+_TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("w1", "w3"),
+)
+
+
+def shared_linears_reference(x: Tensor, layers: list[Linear]) -> list[Tensor]:
+    """The definition: each layer by itself. What `SharedInputFunction` must equal."""
+    return [
+        lora_linear_reference(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling) for layer in layers
+    ]
+
+
+class SharedInputFunction(torch.autograd.Function):
+    """(x (..., in), scalings, then W (out_i, in), b (out_i) | None, A (r_i, in), B (out_i, r_i) of each layer) -> y_i (..., out_i)."""
+
+    @staticmethod
+    def forward(ctx, x, scalings, *tensors):  # type: ignore[no-untyped-def]
+        parts = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
+        flat = x.reshape(-1, x.shape[-1])  # (N, in)
+        A = torch.cat([a for _, _, a, _ in parts]).to(x.dtype)  # (sum of ranks, in)
+        Bs = [b.to(x.dtype) for *_, b in parts]
+        down = flat @ A.t()  # (N, sum of ranks)
+        results, start = [], 0
+        for (weight, bias, a, _), B, scaling in zip(parts, Bs, scalings, strict=True):
+            y = F.linear(x, dense(weight, x.dtype), bias)
+            y.view(-1, y.shape[-1]).addmm_(down[:, start : start + len(a)], B.t(), alpha=scaling)
+            results.append(y)
+            start += len(a)
+        ctx.weights = [weight for weight, *_ in parts if is_quantized(weight)]
+        plain = [weight for weight, *_ in parts] if not ctx.weights else []
+        ctx.save_for_backward(flat, down, A, *Bs, *plain)
+        ctx.scalings, ctx.shape = scalings, x.shape
+        ctx.ranks, ctx.dtypes = [len(a) for _, _, a, _ in parts], [(a.dtype, b.dtype) for _, _, a, b in parts]
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        n = len(ctx.ranks)
+        flat, down, A, *rest = ctx.saved_tensors
+        Bs, weights = rest[:n], ctx.weights or rest[n:]
+        g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        U = flat.new_zeros(len(flat), len(A)) if any(one is None for one in g) else flat.new_empty(len(flat), len(A))
+        grad_x, result, start = None, [], 0
+        for i, (one, B, rank) in enumerate(zip(g, Bs, ctx.ranks, strict=True)):
+            columns = slice(start, start + rank)
+            start += rank
+            if one is None:
+                result += [None] * 4
+                continue
+            U[:, columns] = (one @ B).mul_(ctx.scalings[i])
+            if ctx.needs_input_grad[0]:
+                W = dense(weights[i], one.dtype)
+                grad_x = one @ W if grad_x is None else grad_x.addmm_(one, W)
+            needs = ctx.needs_input_grad[2 + 4 * i : 6 + 4 * i]
+            grad_B = (one.t() @ down[:, columns]).to(ctx.dtypes[i][1]).mul_(ctx.scalings[i]) if needs[3] else None
+            result += [one.t() @ flat if needs[0] else None, one.sum(0) if needs[1] else None, columns, grad_B]
+        if grad_x is not None:
+            grad_x = grad_x.addmm_(U, A).view(ctx.shape)
+        grad_A = U.t() @ flat
+        for i in range(n):
+            columns = result[4 * i + 2]
+            if columns is not None:
+                result[4 * i + 2] = grad_A[columns].to(ctx.dtypes[i][0])
+        return grad_x, None, *result
+
+
+class SharedInput:
+    """Layers of one parent that are called with the same tensor. `take(layer, x)` gives the layer's output for x."""
+
+    def __init__(self, layers: list[Linear]) -> None:
+        self.layers = layers
+        self._input: Tensor | None = None
+        self._ready: dict[int, Tensor] = {}
+
+    def take(self, layer: Linear, x: Tensor) -> Tensor | None:
+        """The output of `layer` for x, computed with those of the others; None if the layer must compute for itself."""
+        if self._input is x and id(layer) in self._ready:
+            y = self._ready.pop(id(layer))
+            if not self._ready:
+                self._input = None  # nothing is kept alive longer than the model would
+            return y
+        if layer is not self.layers[0] or not _ordinary(x) or not all(_plain(one) for one in self.layers):
+            return None
+        operands = [t for one in self.layers for t in (one.weight, one.bias, one.lora_A, one.lora_B)]
+        scalings = tuple(one.scaling for one in self.layers)
+        results = SharedInputFunction.apply(x, scalings, *operands)  # type: ignore[no-untyped-call]
+        self._ready = {id(one): y for one, y in zip(self.layers[1:], results[1:], strict=True)}
+        self._input = x
+        first: Tensor = results[0]
+        return first
+
+
+def _ordinary(x: Tensor) -> bool:
+    """True outside autocast, tracing and the transforms of functorch, which the single layer knows how to serve."""
+    tracing = torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
+    return not (tracing or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling())
+
+
+def _plain(layer: Linear) -> bool:
+    """True while the layer computes nothing but y = x Wᵀ + b + s x Aᵀ Bᵀ."""
+    p = getattr(layer.lora_dropout, "p", 0.0) if layer.training else 0.0
+    return not (layer.merged or p or layer.lora_magnitude_vector is not None or layer.lora_A_start is not None)
+
+
+def share_inputs(model: nn.Module) -> int:
+    """Join LoRA layers of the common names that sit side by side in `model`; the number of groups."""
+    count = 0
+    for parent in model.modules():
+        for names in _TOGETHER:
+            found = [getattr(parent, name, None) for name in names]
+            layers: list[Any] = [m for m in found if type(m) is Linear and m.r > 0 and not m.fan_in_fan_out]
+            quantized = {is_quantized(m.weight) for m in layers}
+            if len(layers) < 2 or len({m.in_features for m in layers}) > 1 or len(quantized) > 1:
+                continue
+            group = SharedInput(layers)
+            for layer in layers:
+                layer.__dict__["shared"] = group  # not a child of the layer
+            count += 1
+    return count
+
+
+def choose_arithmetic(model: nn.Module, paths: FastPaths) -> None:
+    """Set which way the LoRA layers in `model` compute, by the switches `linear` and `grouped`."""
+    for module in model.modules():
+        module.__dict__.pop("shared", None)
+        if isinstance(module, LoRALayer):
+            module.__dict__.pop("arithmetic", None)
+            if not paths.linear:
+                module.__dict__["arithmetic"] = lora_linear_reference
+    if paths.linear and paths.grouped:
+        share_inputs(model)

@@ -1,0 +1,153 @@
+"""The fast paths of training, each with a switch, and putting those into a model that belong to the model.
+
+The model stays transformers' own: attention comes in through its attention interface, normalizations are exchanged for modules over the
+same weights, and the model's answer is compared before and after. What changes it, or cannot be had, is left out and said.
+
+Not here: the arithmetic (`attention.py`, `norm.py`), LoRA's own fast paths (`lora/functional.py`, `lora/group.py`), the loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from phinetune.errors import ConfigError, did_you_mean
+from phinetune.events import Note, OnEvent, log_event
+
+if TYPE_CHECKING:
+    import torch
+
+ATTENTION = "phinetune_blocks"
+"""What the attention function is called among those of transformers."""
+
+
+@dataclass(frozen=True)
+class FastPaths:
+    """Which fast paths a run takes. Each computes what its reference computes; `reference` has none of them."""
+
+    attention: bool = True
+    """On a CPU: blocks of batched products in the place of the fused kernel; of a tree only what is seen."""
+    norm: bool = True
+    """Root-mean-square normalization in one function."""
+    linear: bool = True
+    """Each LoRA layer in one autograd function."""
+    grouped: bool = True
+    """LoRA layers that share their input in one function (query, key and value; gate and up)."""
+    last_rows: bool = True
+    """The last layer's MLP only where a learned token is predicted."""
+    chunked_loss: bool = True
+    """Cross-entropy and its gradient a piece at a time, never all logits at once."""
+
+    @classmethod
+    def none(cls) -> FastPaths:
+        """The reference: every switch off."""
+        return cls(**{field.name: False for field in dataclasses.fields(cls)})
+
+
+def read_fast_paths(value: Any, where: str) -> FastPaths:
+    """`value`, true, false or {switch: bool}, as FastPaths. Raises ConfigError that names `where`."""
+    if value is None or isinstance(value, bool):
+        return FastPaths.none() if value is False else FastPaths()
+    names = [field.name for field in dataclasses.fields(FastPaths)]
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: must be true, false, or switches such as {{attention: false}} (found: {value!r})")
+    problems = [f"{where}.{key}: unknown key{did_you_mean(str(key), names)}" for key in value if key not in names]
+    problems += [
+        f"{where}.{key}: must be true or false (found: {on!r})"
+        for key, on in value.items()
+        if key in names and not isinstance(on, bool)
+    ]
+    if problems:
+        raise ConfigError(problems, f"the switches are {', '.join(names)}")
+    return FastPaths(**value)
+
+
+def speed_up(model: Any, paths: FastPaths, on_event: OnEvent = log_event) -> Any:
+    """Put attention and normalization by `paths` into `model`, the plain base in evaluation or training mode, and return it.
+
+    Only on a CPU; elsewhere torch's own kernels are the fast ones.
+    """
+    if model.device.type != "cpu" or not (paths.attention or paths.norm):
+        return model
+    before = _answer(model)
+    if before is None:
+        return model
+    if paths.attention and _takes_our_attention(model):
+        was = model.config._attn_implementation
+        _set_attention(model, ATTENTION)
+        if not _same(_answer(model), before):
+            _set_attention(model, was)
+            on_event(Note("model: attention in blocks computes something else than the model's own, left out"))
+    if paths.norm:
+        exchanged = _exchange_norms(model)
+        if exchanged and not _same(_answer(model), before):
+            for parent, name, module in exchanged:
+                setattr(parent, name, module)
+            on_event(Note("model: normalization in one function computes something else than the model's own, left out"))
+    return model
+
+
+def uses_blocks(model: Any) -> bool:
+    """True if `model` computes attention by `attention.py`, so that a tree's lengths may stand in the place of its mask."""
+    return bool(model.config._attn_implementation == ATTENTION)
+
+
+def _takes_our_attention(model: Any) -> bool:
+    """True if transformers can exchange this model's attention, and it is one that `attention.py` computes."""
+    config = model.config.get_text_config()
+    dropout = [v for k in ("attention_dropout", "attn_pdrop", "attn_dropout") if (v := getattr(config, k, 0))]
+    other = [k for k in ("attn_logit_softcapping", "alibi") if getattr(config, k, None)]
+    supports = getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)
+    return bool(supports and model._can_set_attn_implementation() and not dropout and not other)
+
+
+def _set_attention(model: Any, name: str) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    from phinetune.model.attention import attention_forward
+    from phinetune.model.load import quiet_transformers
+
+    AttentionInterface.register(ATTENTION, attention_forward)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # masks other than trees are those of torch's attention
+    with quiet_transformers():
+        model.set_attn_implementation(name)
+
+
+def _exchange_norms(model: Any) -> list[tuple[Any, str, Any]]:
+    """Exchange what `norm.stand_in` can stand in for; (parent, name, the model's own module) of each."""
+    from phinetune.model.norm import stand_in
+
+    exchanged = []
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            fast = stand_in(module)
+            if fast is not None:
+                setattr(parent, name, fast.train(module.training))
+                exchanged.append((parent, name, module))
+    return exchanged
+
+
+def _answer(model: Any) -> torch.Tensor | None:
+    """The model's logits after each of a few tokens, in float32; None for a model that does not take plain token ids."""
+    import torch
+
+    ids = torch.arange(2, 26).remainder(model.config.get_text_config().vocab_size).view(2, 12)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
+            return logits
+    except Exception:  # a foreign model may want anything; it is left as it is
+        return None
+    finally:
+        model.train(training)
+
+
+def _same(answer: torch.Tensor | None, before: torch.Tensor) -> bool:
+    """True if the two differ by no more than rounding."""
+    if answer is None or answer.shape != before.shape:
+        return False
+    return float((answer - before).abs().max()) <= 0.05 * float(before.abs().max())

@@ -1,0 +1,82 @@
+"""What of a batch the model need not compute: rows of its last layer, and what no token of a tree sees.
+
+After the last layer's attention no token looks at another one, and the head sees only the positions that predict a learned token. So the
+last MLP, which works token by token, is given these rows and no others; what it would have added elsewhere reaches nothing. The loss and
+all gradients are the same.
+
+Not here: the head and the loss (`loss.py`), attention itself (`model/attention.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phinetune.model.attention import allowed_in_tree
+from phinetune.model.fast import uses_blocks
+
+
+def tree_mask(model: Any, tree: Tensor, dtype: torch.dtype) -> Tensor:
+    """What stands in the place of the attention mask for a tree (1 + n lengths, prefix first).
+
+    The lengths themselves, (1, 1, 1, 1 + n), for attention that knows them; else (1, 1, T, T) with 0 where a token may look and the
+    dtype's lowest value where it may not.
+    """
+    while not hasattr(model, "config"):  # wrapped, such as by DDP
+        model = model.module
+    if uses_blocks(model):
+        return tree.view(1, 1, 1, -1)
+    return additive_mask(allowed_in_tree(tree.tolist()).to(tree.device), dtype)
+
+
+def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """(1, 1, T, T): 0 where a token may look and the dtype's lowest value where it may not; allowed is boolean (T, T)."""
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[None, None]
+
+
+def last_mlp(model: Any) -> nn.Module | None:
+    """The MLP of the last layer, if `model` is built of layers that have one called `mlp` working token by token; else None."""
+    layers = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and hasattr(m[-1], "mlp")]
+    if len(layers) != 1:
+        return None
+    mlp: Any = layers[0][-1].mlp
+    routed = any("rout" in name or "expert" in name or name.endswith("gate") for name, _ in mlp.named_modules())
+    return None if routed or not type(mlp).__name__.endswith("MLP") else mlp
+
+
+@contextlib.contextmanager
+def only_rows(module: nn.Module | None, positions: Tensor) -> Iterator[None]:
+    """Inside, `module` computes only the rows `positions` of its (B, T, h) input; elsewhere its output is zero.
+
+    Nothing is changed for None, and in a layer that is computed again for the backward pass (activation checkpointing), where the rows
+    would not be known any more.
+    """
+    if module is None:
+        yield
+        return
+    shape: list[torch.Size] = []
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        shape[:] = [args[0].shape]
+        return (args[0].reshape(-1, args[0].shape[-1]).index_select(0, positions), *args[1:])
+
+    def spread(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        whole = output.new_zeros(shape[0][:-1].numel(), output.shape[-1])
+        return whole.index_copy(0, positions, output).view(*shape[0][:-1], -1)
+
+    handles = [module.register_forward_pre_hook(select), module.register_forward_hook(spread)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def checkpointed(model: Any) -> bool:
+    """True if any layer of `model` is computed again for the backward pass."""
+    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
