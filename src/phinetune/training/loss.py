@@ -1,21 +1,33 @@
 """The loss: cross-entropy of the learned tokens, summed, divided by their count over the whole optimizer step.
 
 Dividing by the global count makes every split of a batch into micro-batches, padded or joined, give the same gradient. The output head
-sees only the N positions that predict a learned token: (N, vocabulary) logits instead of (batch x length, vocabulary).
+sees only the N positions that predict a learned token, and where the model hands its logits on unchanged, the loss is made inside the
+head, in chunks (`cross_entropy.py`): not even (N, vocabulary) logits exist then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from phinetune.data.encoding import MASKED
 from phinetune.errors import TrainingError
+from phinetune.training.cross_entropy import (
+    checkpointed_cross_entropy,
+    chunk_rows,
+    chunked_cross_entropy,
+    summed_cross_entropy,
+)
+
+_ALTERING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models known to do something to what their head returns (a soft cap, a scale): they need the logits themselves."""
 
 
 def learned_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +52,80 @@ def head_only_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+def can_make_loss(model: nn.Module, head: nn.Module) -> bool:
+    """True if the loss may be made inside `head`: not in a compiled model, nor in one found to change its logits after the head."""
+    chain = [model, *_inside(model)]
+    compiled = any(
+        hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in chain
+    )  # a new head would be traced at each step
+    counted = isinstance(getattr(head, "out_features", None), int)
+    return counted and not compiled and not torch.is_inference_mode_enabled() and chain[-1] not in _ALTERING
+
+
+@contextlib.contextmanager
+def loss_made_in(head: nn.Module, model: nn.Module, targets: Tensor, label_smoothing: float) -> Iterator[None]:
+    """Inside, `head` returns the summed loss of its rows at `targets` (N,), as (1, 1) in place of their logits (N, vocabulary).
+
+    That is right if the model hands on what its head returns, and this is looked at in every call: the model's `logits` must be that very
+    tensor, not written to. A model for which they are not is run again at once with its own head, from the same state of the random
+    generators, and from then on `can_make_loss` says no. All of it happens inside wrappers such as DDP's, FSDP's and autocast's.
+    """
+    inner, logits_of, own = [model, *_inside(model)][-1], head.forward, vars(head).get("forward")
+    random = torch.get_rng_state(), get_device_states(targets)
+    made: list[tuple[Tensor | None, int]] = [
+        (None, 0)
+    ]  # what the head returned last, and how often it had been written to
+
+    def loss_of(hidden: Tensor) -> Tensor:
+        loss = _head_loss(head, own is None, logits_of, hidden, targets, label_smoothing).reshape(1, 1)
+        made[0] = (loss, loss._version)
+        return loss
+
+    def put_back() -> None:
+        if own is None:
+            vars(head).pop("forward", None)
+        else:
+            vars(head)["forward"] = own
+
+    def check(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        loss, version = made[0]
+        if inner in _ALTERING or (output.logits is loss and loss is not None and loss._version == version):
+            return None
+        _ALTERING.add(inner)
+        put_back()
+        torch.set_rng_state(random[0])
+        set_device_states(*random[1])
+        return module(*args, **kwargs)
+
+    vars(head)["forward"] = loss_of
+    handle = inner.register_forward_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        put_back()
+
+
+def _head_loss(
+    head: Any, untouched: bool, logits_of: Any, hidden: Tensor, targets: Tensor, label_smoothing: float
+) -> Tensor:
+    """The summed loss of `hidden` (N, h). A plain linear layer whose forward is `untouched` is one matrix product, any other is called."""
+    plain = (
+        type(head) is nn.Linear and untouched and type(head.weight) in (nn.Parameter, Tensor)
+    )  # no DTensor, no 4-bit weight
+    if plain:
+        return chunked_cross_entropy(hidden, head.weight, head.bias, targets, label_smoothing)
+    return checkpointed_cross_entropy(
+        logits_of, hidden, targets, label_smoothing, chunk_rows(head.out_features, torch.float32)
+    )
+
+
+def _inside(model: nn.Module) -> list[nn.Module]:
+    """The modules that `model` wraps (DDP, FSDP), the model itself last; empty if it wraps none."""
+    found = getattr(model, "module", None)
+    return [found, *_inside(found)] if isinstance(found, nn.Module) else []
+
+
 def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where a token may look and the dtype's lowest value where it may not; allowed is boolean (1, 1, T, T)."""
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
@@ -52,10 +138,12 @@ def supervised_loss(
     dtype: torch.dtype,
     count: Tensor | int | None = None,
     label_smoothing: float = 0.0,
+    chunked: bool = True,
 ) -> Tensor:
     """Summed cross-entropy over the batch's learned tokens, divided by `count` (their number in this batch if None). Scalar, float32.
 
-    `model` may be wrapped (DDP); `head` is its output layer. Raises TrainingError if no token of the batch is learned: never a loss of 0.0.
+    `model` may be wrapped (DDP); `head` is its output layer. `chunked=False` is the reference: all (N, vocabulary) logits at once.
+    Raises TrainingError if no token of the batch is learned: never a loss of 0.0.
     """
     positions, targets = learned_positions(batch["labels"])
     if not len(targets):
@@ -63,11 +151,18 @@ def supervised_loss(
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
     if "allowed" in batch:
         inputs |= {"position_ids": batch["position_ids"], "attention_mask": additive_mask(batch["allowed"], dtype)}
-    with head_only_at(head, positions):
-        logits = model(**inputs).logits  # (N, vocabulary)
-    if logits.shape[0] != len(targets):
+    in_head = chunked and can_make_loss(model, head)
+    with (
+        head_only_at(head, positions),
+        loss_made_in(head, model, targets, label_smoothing) if in_head else contextlib.nullcontext(),
+    ):
+        made = model(**inputs).logits  # the loss, (1, 1), or logits, (N, vocabulary)
+    if in_head and can_make_loss(model, head):
+        total: Tensor = made.reshape(())
+    elif made.shape[0] != len(targets):
         raise RuntimeError(
-            f"the model made logits of shape {tuple(logits.shape)} for {len(targets)} positions: its head is not one linear layer"
+            f"the model made logits of shape {tuple(made.shape)} for {len(targets)} positions: its head is not one linear layer"
         )
-    total = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+    else:
+        total = summed_cross_entropy(made, targets, label_smoothing)
     return total / (len(targets) if count is None else count)

@@ -1,0 +1,164 @@
+"""Summed cross-entropy of an output head, a few rows at a time: the logits of all N tokens never exist together.
+
+`chunked_cross_entropy` is for a plain linear head and forms its gradients together with the value; `checkpointed_cross_entropy` is for
+any other head; `summed_cross_entropy` over all logits is the reference of both. Not here: which rows are learned, and how a model's own
+head is passed over (`loss.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_BYTES = 64 * 2**20
+"""What the logits of one chunk may take: 682 rows of 49 152 bfloat16 logits, 522 of Phi-3's 32 064 in float32."""
+_CACHED_BYTES = 2**20  # float32 rows that the passes of a softmax find again in a core's cache
+
+
+def chunk_rows(vocabulary: int, dtype: torch.dtype, size: int = CHUNK_BYTES) -> int:
+    """How many rows of logits of `dtype` fit into `size` bytes; 1 if not even one does."""
+    return max(1, size // (vocabulary * dtype.itemsize))
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The reference: logits (N, V), targets (N,) -> scalar, at least float32."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), targets, reduction="sum", label_smoothing=label_smoothing)
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """Summed cross-entropy of `hidden` (N, h) under the head `weight` (V, h), `bias` (V) at `targets` (N,): scalar, at least float32.
+
+    `chunk` is the number of rows whose logits exist at a time (None: as many as fit into CHUNK_BYTES). Products are in hidden's dtype,
+    or autocast's where that is on; softmax and sum are in float32 (float64 for float64). With logits z = W x + b, p = softmax(z) and
+    torch's definition of smoothing by s over V classes, a row's target is the distribution q = (1 - s) onehot(t) + s / V, its loss
+
+        l = -sum_v q_v log p_v,    and    dl/dz = p - q,    dl/dx = Wᵀ (p - q),    dl/dW = (p - q) xᵀ,    dl/db = p - q.
+
+    None of these depends on what comes after the loss but for one factor, the gradient g of the sum. So a chunk's logits are overwritten
+    by p - q as soon as its loss is known, and multiplied into the gradients that are needed; backward only multiplies those by g. What is
+    kept between the two is (N, h) for a frozen head, and (V, h) more for a trained one, summed over chunks in float32.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    rows = chunk_rows(len(weight), hidden.dtype) if chunk is None else chunk
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
+        return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing, rows))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _walk(hidden, weight, bias, targets, label_smoothing, rows, (False, False, False))[0])
+
+
+def checkpointed_cross_entropy(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, label_smoothing: float, chunk: int
+) -> Tensor:
+    """The same for any head: `head` maps rows of `hidden` (N, h) to their logits, `chunk` rows at a time, again in the backward pass.
+
+    One chunk is computed in the ordinary way, once. Dropout inside the head draws for each chunk.
+    """
+
+    def loss(rows: Tensor, wanted: Tensor) -> Tensor:
+        return summed_cross_entropy(head(rows), wanted, label_smoothing)
+
+    if len(hidden) <= chunk:
+        return loss(hidden, targets)
+    keep: Callable[..., Any] = checkpoint if torch.is_grad_enabled() else lambda f, *args, **_: f(*args)
+    spans = [slice(start, start + chunk) for start in range(0, len(hidden), chunk)]
+    return torch.stack([keep(loss, hidden[span], targets[span], use_reentrant=False) for span in spans]).sum()
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """See `chunked_cross_entropy`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float, chunk: int
+    ) -> Tensor:
+        loss, *gradients = _walk(hidden, weight, bias, targets, smoothing, chunk, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*gradients)
+        return cast(Tensor, loss)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return (
+            *(None if d is None else d * g for d in ctx.saved_tensors),
+            None,
+            None,
+            None,
+        )  # g, a scalar, keeps d's dtype
+
+
+def _walk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    smoothing: float,
+    chunk: int,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Any, ...]:
+    """The loss, and its gradients of hidden, weight and bias, None where not wanted. One buffer holds each chunk's logits in turn."""
+    count, wide = len(hidden), torch.promote_types(hidden.dtype, torch.float32)
+    losses = hidden.new_empty(count, dtype=wide)
+    of_hidden = torch.empty_like(hidden) if wanted[0] else None
+    of_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+    of_bias = torch.zeros_like(weight[:, 0], dtype=wide) if wanted[2] else None
+    buffer = hidden.new_empty(min(chunk, count), len(weight))
+    for start in range(0, count, chunk):
+        rows = slice(start, start + chunk)
+        x = hidden[rows]  # (n, h)
+        logits = buffer[: len(x)]  # (n, V)
+        if bias is None:
+            torch.mm(x, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, x, weight.t(), out=logits)
+        losses[rows] = _losses(logits, targets[rows], smoothing, any(wanted))
+        if of_hidden is not None:
+            torch.mm(logits, weight, out=of_hidden[rows])
+        if of_weight is not None:
+            of_weight += logits.t() @ x
+        if of_bias is not None:
+            of_bias += logits.sum(0, dtype=wide)
+    return (
+        losses.sum(),
+        of_hidden,
+        None if of_weight is None else of_weight.to(weight.dtype),
+        None if of_bias is None else of_bias.to(weight.dtype),
+    )
+
+
+def _losses(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
+    """The losses (n,) of `logits` (n, V), which are overwritten by their gradient p - q if `gradient`.
+
+    A CPU takes few rows at a time, so that the passes over them stay in its cache and no second chunk is needed, whatever its dtype.
+    """
+    vocabulary, wide = logits.shape[1], torch.promote_types(logits.dtype, torch.float32)
+    step = chunk_rows(vocabulary, wide, _CACHED_BYTES * torch.get_num_threads()) if logits.is_cpu else len(logits)
+    losses = logits.new_empty(len(logits), dtype=wide)
+    for start in range(0, len(logits), step):
+        piece, at = logits[start : start + step], targets[start : start + step].unsqueeze(1)  # (m, V), (m, 1)
+        scores = F.log_softmax(piece, -1, dtype=wide)
+        loss = -scores.gather(1, at)
+        if smoothing:
+            loss = (1 - smoothing) * loss - smoothing / vocabulary * scores.sum(1, keepdim=True)
+        losses[start : start + step] = loss.squeeze(1)
+        if gradient:
+            scores.exp_()
+            if smoothing:
+                scores.sub_(smoothing / vocabulary)
+            scores.scatter_add_(1, at, scores.new_full(at.shape, smoothing - 1))
+            piece.copy_(scores)
+    return losses
