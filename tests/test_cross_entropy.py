@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -328,6 +329,47 @@ def test_hooks_that_scale_the_logits_are_noticed() -> None:
         theirs = loss_and_gradients(model, False)
         assert_same(loss_and_gradients(model, True), theirs)
         assert not can_make_loss(model, model.lm_head)
+
+
+def test_a_head_with_a_forward_of_its_own_keeps_it() -> None:
+    model = adapted("llama")
+    own = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: own(hidden) * 0.5  # as accelerate puts its hooks in
+    before = vars(model.lm_head)["forward"]
+    theirs = loss_and_gradients(model, False)
+    assert_same(loss_and_gradients(model, True), theirs)
+    assert vars(model.lm_head)["forward"] is before and can_make_loss(model, model.lm_head)
+
+
+def test_an_error_in_the_model_leaves_the_head_as_it_was() -> None:
+    model = adapted("llama")
+    model.model.norm.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss_and_gradients(model, True)
+    head = model.lm_head
+    assert "forward" not in vars(head) and not head._forward_pre_hooks and not model._forward_hooks
+
+
+class Saved:
+    """Something that the graph keeps for the backward pass."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_the_first_runs_activations_are_let_go_before_the_second() -> None:
+    model = adapted("gemma2", final_logit_softcapping=30.0)
+    alive, counts = weakref.WeakSet[Saved](), []
+    model.model.register_forward_pre_hook(lambda *_: counts.append(len(alive)))
+
+    def pack(tensor: Tensor) -> Saved:
+        saved = Saved(tensor.detach())  # or a node that saves what it makes would hold itself
+        alive.add(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        supervised_loss(model, model.lm_head, padded_batch(rows(), 0), torch.float32)
+    assert len(counts) == 2 and counts == [0, 0]
 
 
 def test_accelerates_wrapping_for_mixed_precision() -> None:

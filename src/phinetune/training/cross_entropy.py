@@ -114,8 +114,9 @@ def _walk(
     count, wide = len(hidden), torch.promote_types(hidden.dtype, torch.float32)
     losses = hidden.new_empty(count, dtype=wide)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
-    of_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
-    of_bias = torch.zeros_like(weight[:, 0], dtype=wide) if wanted[2] else None
+    of_weight: Tensor | None = None
+    of_bias = hidden.new_zeros(len(weight), dtype=wide) if wanted[2] else None
+    summed_in = wide if chunk < count else weight.dtype  # one chunk needs no sum
     buffer = hidden.new_empty(min(chunk, count), len(weight))
     for start in range(0, count, chunk):
         rows = slice(start, start + chunk)
@@ -128,8 +129,9 @@ def _walk(
         losses[rows] = _losses(logits, targets[rows], smoothing, any(wanted))
         if of_hidden is not None:
             torch.mm(logits, weight, out=of_hidden[rows])
-        if of_weight is not None:
-            of_weight += logits.t() @ x
+        if wanted[1]:
+            part = logits.t() @ x  # (V, h)
+            of_weight = part.to(summed_in) if of_weight is None else of_weight.add_(part)
         if of_bias is not None:
             of_bias += logits.sum(0, dtype=wide)
     return (

@@ -55,9 +55,8 @@ def head_only_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
 def can_make_loss(model: nn.Module, head: nn.Module) -> bool:
     """True if the loss may be made inside `head`: not in a compiled model, nor in one found to change its logits after the head."""
     chain = [model, *_inside(model)]
-    compiled = any(
-        hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in chain
-    )  # a new head would be traced at each step
+    # a compiled model would trace a new head at each step
+    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in chain)
     counted = isinstance(getattr(head, "out_features", None), int)
     return counted and not compiled and not torch.is_inference_mode_enabled() and chain[-1] not in _ALTERING
 
@@ -72,13 +71,12 @@ def loss_made_in(head: nn.Module, model: nn.Module, targets: Tensor, label_smoot
     """
     inner, logits_of, own = [model, *_inside(model)][-1], head.forward, vars(head).get("forward")
     random = torch.get_rng_state(), get_device_states(targets)
-    made: list[tuple[Tensor | None, int]] = [
-        (None, 0)
-    ]  # what the head returned last, and how often it had been written to
+    # what the head returned last, and how often that had been written to
+    made: list[tuple[Tensor, int]] = []
 
     def loss_of(hidden: Tensor) -> Tensor:
-        loss = _head_loss(head, own is None, logits_of, hidden, targets, label_smoothing).reshape(1, 1)
-        made[0] = (loss, loss._version)
+        loss = _head_loss(head, own is None, logits_of, hidden, targets, label_smoothing).reshape(1, 1).clone()
+        made[:] = [(loss, loss._version)]
         return loss
 
     def put_back() -> None:
@@ -88,11 +86,13 @@ def loss_made_in(head: nn.Module, model: nn.Module, targets: Tensor, label_smoot
             vars(head)["forward"] = own
 
     def check(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        loss, version = made[0]
-        if inner in _ALTERING or (output.logits is loss and loss is not None and loss._version == version):
+        if inner in _ALTERING or any(output.logits is loss and loss._version == version for loss, version in made):
             return None
         _ALTERING.add(inner)
         put_back()
+        made.clear()
+        if output.logits._base is None:
+            output.logits.detach_()  # lets go of the first run's activations before there are others
         torch.set_rng_state(random[0])
         set_device_states(*random[1])
         return module(*args, **kwargs)
@@ -110,9 +110,8 @@ def _head_loss(
     head: Any, untouched: bool, logits_of: Any, hidden: Tensor, targets: Tensor, label_smoothing: float
 ) -> Tensor:
     """The summed loss of `hidden` (N, h). A plain linear layer whose forward is `untouched` is one matrix product, any other is called."""
-    plain = (
-        type(head) is nn.Linear and untouched and type(head.weight) in (nn.Parameter, Tensor)
-    )  # no DTensor, no 4-bit weight
+    # no weight in 4 bits, none that lies on several devices
+    plain = type(head) is nn.Linear and untouched and type(head.weight) in (nn.Parameter, Tensor)
     if plain:
         return chunked_cross_entropy(hidden, head.weight, head.bias, targets, label_smoothing)
     return checkpointed_cross_entropy(
