@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from phinetune.data.batches import Collator, padded_batch, shared_prefix, tree_batch
 from phinetune.data.examples import MASKED, encode_conversation
 from phinetune.data.messages import Conversation
+from phinetune.model.attention import allowed_in_tree
 from phinetune.model.contract import make_contract
 from phinetune.training.loss import learned_positions
 from tiny import tiny_tokenizer
@@ -113,10 +114,10 @@ def test_a_tree_holds_the_prefix_once_and_then_each_branch() -> None:
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 7, 9, 5, 6, 8, 9, 4, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 3, 4]]
     assert batch["labels"].tolist() == [[MASKED] * 4 + [7, 9] + [MASKED] * 2 + [8, 9] + [MASKED, 9]]
-    assert batch["allowed"].shape == (1, 1, 12, 12)
-    assert batch["allowed"].dtype == torch.bool
-    assert {batch[key].dtype for key in ("input_ids", "labels", "position_ids")} == {torch.long}
-    assert batch["allowed"][0, 0, 7].tolist() == [True] * 3 + [False] * 3 + [True] * 2 + [False] * 4
+    assert batch["tree"].tolist() == [3, 3, 4, 2]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.long}
+    allowed = allowed_in_tree(batch["tree"].tolist())
+    assert allowed[7].tolist() == [True] * 3 + [False] * 3 + [True] * 2 + [False] * 4
 
 
 @given(rows())
@@ -131,7 +132,7 @@ def test_padding_changes_no_example(batch: list[Row]) -> None:
 @given(rows())
 def test_in_a_tree_every_token_sees_exactly_what_it_would_see_alone(batch: list[Row]) -> None:
     tree = tree_batch(batch)
-    allowed = tree["allowed"][0, 0]
+    allowed = allowed_in_tree(tree["tree"].tolist())
     for i, one in enumerate(batch):
         own = torch.tensor(members(batch, i))
         assert tree["input_ids"][0, own].tolist() == one["input_ids"]
@@ -154,7 +155,7 @@ def test_both_layouts_learn_the_same_tokens_from_the_same_ones(batch: list[Row])
 
 
 def is_tree(batch: dict[str, torch.Tensor]) -> bool:
-    return "allowed" in batch
+    return "tree" in batch
 
 
 def test_shared_prompts_are_computed_once() -> None:

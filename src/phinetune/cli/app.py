@@ -55,6 +55,10 @@ def finetune(
             help="Seed of the split (default: 0); training's own is training_config.seed.", show_default=False
         ),
     ] = None,
+    reference: Annotated[
+        bool | None,
+        typer.Option("--reference", help="Turn every fast path off: plain torch, to compare with.", show_default=False),
+    ] = None,
     config: ConfigFile = None,
     settings: Set = None,
     overwrite: Overwrite = None,
@@ -80,10 +84,13 @@ def finetune(
         "data.completion": completion,
         "data.test_fraction": test_fraction,
         "data.seed": seed,
+        "training_config.reference": reference,
+        "output_dir": output,
+        "overwrite": overwrite,
     }
     with Terminal(quiet) as on_event:
         result = stage(
-            **arguments(stage, config, settings or [], {**options, "output_dir": output, "overwrite": overwrite}),
+            **arguments(stage, config, settings or [], options),
             on_event=on_event,
         )
     figures = result.manifest.get("figures", {})

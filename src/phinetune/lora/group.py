@@ -36,7 +36,8 @@ _TOGETHER = (
 def shared_linears_reference(x: Tensor, layers: list[Linear]) -> list[Tensor]:
     """The definition: each layer by itself. What `SharedInputFunction` must equal."""
     return [
-        lora_linear_reference(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling) for layer in layers
+        lora_linear_reference(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling)
+        for layer in layers
     ]
 
 
@@ -72,7 +73,8 @@ class SharedInputFunction(torch.autograd.Function):
         Bs, weights = rest[:n], ctx.weights or rest[n:]
         g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
         U = flat.new_zeros(len(flat), len(A)) if any(one is None for one in g) else flat.new_empty(len(flat), len(A))
-        grad_x, result, start = None, [], 0
+        grad_x, start = None, 0
+        result: list[Any] = []
         for i, (one, B, rank) in enumerate(zip(g, Bs, ctx.ranks, strict=True)):
             columns = slice(start, start + rank)
             start += rank

@@ -104,8 +104,10 @@ class Linear(LoRALayer, nn.Linear):
         if self.r == 0 or self.merged:
             weight = dense(self.weight, input.dtype)
             return F.linear(input, weight.t() if self.fan_in_fan_out else weight, self.bias)
-        if self.shared is not None and (ready := self.shared.take(self, input)) is not None:
-            return ready
+        if self.shared is not None:
+            ready: Tensor | None = self.shared.take(self, input)
+            if ready is not None:
+                return ready
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         A, B = self.factors()
         mask = self.dropout_mask(input)

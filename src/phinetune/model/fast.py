@@ -84,7 +84,9 @@ def speed_up(model: Any, paths: FastPaths, on_event: OnEvent = log_event) -> Any
         if exchanged and not _same(_answer(model), before):
             for parent, name, module in exchanged:
                 setattr(parent, name, module)
-            on_event(Note("model: normalization in one function computes something else than the model's own, left out"))
+            on_event(
+                Note("model: normalization in one function computes something else than the model's own, left out")
+            )
     return model
 
 

@@ -104,5 +104,7 @@ def stand_in(module: nn.Module) -> RMSNorm | None:
     except Exception:  # a foreign module that wants something else than rows
         return None
     tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2
-    same = isinstance(theirs, Tensor) and theirs.dtype == x.dtype and torch.allclose(theirs, fast(x), tolerance, tolerance)
+    same = (
+        isinstance(theirs, Tensor) and theirs.dtype == x.dtype and torch.allclose(theirs, fast(x), tolerance, tolerance)
+    )
     return fast if same else None

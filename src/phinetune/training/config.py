@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -78,7 +78,7 @@ class TrainingPlan:
     overwrite: bool = False
     resume_from_checkpoint: str | bool | None = None
     layout: Layout = "auto"
-    fast_paths: FastPaths = FastPaths()
+    fast_paths: FastPaths = field(default_factory=FastPaths)
 
 
 def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_event) -> TrainingPlan:

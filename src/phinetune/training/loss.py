@@ -25,6 +25,7 @@ from phinetune.training.cross_entropy import (
     chunked_cross_entropy,
     summed_cross_entropy,
 )
+from phinetune.training.rows import checkpointed, only_rows, tree_mask
 
 _ALTERING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models known to do something to what their head returns (a soft cap, a scale): they need the logits themselves."""
@@ -125,11 +126,6 @@ def _inside(model: nn.Module) -> list[nn.Module]:
     return [found, *_inside(found)] if isinstance(found, nn.Module) else []
 
 
-def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a token may look and the dtype's lowest value where it may not; allowed is boolean (1, 1, T, T)."""
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
-
-
 def supervised_loss(
     model: nn.Module,
     head: nn.Module,
@@ -138,21 +134,24 @@ def supervised_loss(
     count: Tensor | int | None = None,
     label_smoothing: float = 0.0,
     chunked: bool = True,
+    last: nn.Module | None = None,
 ) -> Tensor:
     """Summed cross-entropy over the batch's learned tokens, divided by `count` (their number in this batch if None). Scalar, float32.
 
     `model` may be wrapped (DDP); `head` is its output layer. `chunked=False` is the reference: all (N, vocabulary) logits at once.
+    `last`, if given, is the last layer's MLP, to be computed at the learned positions only (`rows.py`).
     Raises TrainingError if no token of the batch is learned: never a loss of 0.0.
     """
     positions, targets = learned_positions(batch["labels"])
     if not len(targets):
         raise TrainingError("a batch has no learned token", "every example needs an answer within max_length")
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
-    if "allowed" in batch:
-        inputs |= {"position_ids": batch["position_ids"], "attention_mask": additive_mask(batch["allowed"], dtype)}
+    if "tree" in batch:
+        inputs |= {"position_ids": batch["position_ids"], "attention_mask": tree_mask(model, batch["tree"], dtype)}
     in_head = chunked and can_make_loss(model, head)
     with (
         head_only_at(head, positions),
+        only_rows(None if model.training and checkpointed(model) else last, positions),
         loss_made_in(head, model, targets, label_smoothing) if in_head else contextlib.nullcontext(),
     ):
         made = model(**inputs).logits  # the loss, (1, 1), or logits, (N, vocabulary)

@@ -10,6 +10,7 @@ Not here: the head and the loss (`loss.py`), attention itself (`model/attention.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,15 +47,17 @@ def last_mlp(model: Any) -> nn.Module | None:
         return None
     mlp: Any = layers[0][-1].mlp
     routed = any("rout" in name or "expert" in name or name.endswith("gate") for name, _ in mlp.named_modules())
-    return None if routed or not type(mlp).__name__.endswith("MLP") else mlp
+    alone = (
+        len(inspect.signature(mlp.forward).parameters) == 1
+    )  # given the hidden states and nothing else, such as a residual
+    return mlp if alone and not routed and type(mlp).__name__.endswith("MLP") else None
 
 
 @contextlib.contextmanager
 def only_rows(module: nn.Module | None, positions: Tensor) -> Iterator[None]:
     """Inside, `module` computes only the rows `positions` of its (B, T, h) input; elsewhere its output is zero.
 
-    Nothing is changed for None, and in a layer that is computed again for the backward pass (activation checkpointing), where the rows
-    would not be known any more.
+    Nothing is changed for None. Not for a layer that is computed again for the backward pass: the rows would not be known any more.
     """
     if module is None:
         yield
@@ -78,5 +81,5 @@ def only_rows(module: nn.Module | None, positions: Tensor) -> Iterator[None]:
 
 
 def checkpointed(model: Any) -> bool:
-    """True if any layer of `model` is computed again for the backward pass."""
+    """True if any layer of `model` is computed again for the backward pass (activation checkpointing)."""
     return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())

@@ -20,7 +20,7 @@ from phinetune.errors import TrainingError
 from phinetune.events import Note, OnEvent, Progress
 from phinetune.model.fast import FastPaths
 from phinetune.training.loss import learned_positions, supervised_loss
-from phinetune.training.rows import checkpointed, last_mlp
+from phinetune.training.rows import last_mlp
 
 CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
@@ -41,23 +41,18 @@ class AdapterTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self._save_state, self._load_state, self._parameter_groups = save_state, load_state, parameter_groups
-        self._fast_paths = fast_paths
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the learned tokens of each step
         self._head = self.model.get_output_embeddings()
-        self._last_mlp = last_mlp(self.model) if fast_paths.last_rows else None
-
-    def _loss(self, model: Any, batch: Any, count: Any, label_smoothing: float = 0.0) -> torch.Tensor:
-        """`supervised_loss` by this run's fast paths."""
-        last = None if model.training and checkpointed(self.model) else self._last_mlp
-        chunked = self._fast_paths.chunked_loss
-        return supervised_loss(model, self._head, batch, self.model.dtype, count, label_smoothing, chunked, last)
+        last = last_mlp(self.model) if fast_paths.last_rows else None
+        self._paths: dict[str, Any] = {"chunked": fast_paths.chunked_loss, "last": last}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
-        loss = self._loss(model, inputs, num_items_in_batch, smoothing)
+        dtype = self.model.dtype
+        loss = supervised_loss(model, self._head, inputs, dtype, num_items_in_batch, smoothing, **self._paths)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP will average over processes; the count is already global
         return (loss, {}) if return_outputs else loss
@@ -81,7 +76,8 @@ class AdapterTrainer(Trainer):
         for batch in loader:
             batch = self._prepare_inputs(batch)
             count = len(learned_positions(batch["labels"])[1])
-            sums += torch.tensor([float(self._loss(self.model, batch, 1)), count], dtype=torch.float64)
+            loss = supervised_loss(self.model, self._head, batch, self.model.dtype, 1, **self._paths)
+            sums += torch.tensor([float(loss), count], dtype=torch.float64)
         loss, tokens = self.accelerator.reduce(sums.to(self.args.device, torch.float32), reduction="sum").tolist()
         mean = loss / tokens
         metrics = {

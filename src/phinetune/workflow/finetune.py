@@ -119,7 +119,17 @@ def finetune(
         wanted = test if asked.training.values.get("do_eval") is not False else test.subset([])
         groups = session.parameter_groups if asked.lora.loraplus_lr_ratio else None
         figures = fit(
-            session.model, train, wanted, collator, arguments, session.save, session.load, resume, groups, fast, on_event
+            session.model,
+            train,
+            wanted,
+            collator,
+            arguments,
+            session.save,
+            session.load,
+            resume,
+            groups,
+            fast,
+            on_event,
         )
         if arguments.process_index == 0:
             session.save(partial)
