@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from phinetune.artifact import file_hash
 from phinetune.errors import MissingPackageError, ModelError
+from phinetune.model import folder
 from phinetune.model.contract import CONTRACT_FILE, PLAIN_TEMPLATE, load_contract, make_contract
 from phinetune.model.embedded import embedded_folder
 from phinetune.model.folder import base_key, kind_of, resolve_model, stored_dtype
@@ -56,6 +59,63 @@ def test_the_key_is_the_content(copy: Path, llama_folder: Path) -> None:
     data[-1] ^= 1
     file.write_bytes(data)
     assert base_key(copy) != base_key(llama_folder)
+
+
+def rested(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The next process: nothing is known but what is on disk, files made just now count as old ones, and who reads is counted."""
+    reads: list[Path] = []
+    folder._hash_once.cache_clear()
+    monkeypatch.setattr(folder, "_SETTLED", -1.0)
+    monkeypatch.setattr(folder, "file_hash", lambda *files: reads.extend(files) or file_hash(*files))
+    return reads
+
+
+def test_the_key_of_files_at_rest_is_read_once_on_a_machine(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHINETUNE_CACHE", str(tmp_path / "cache"))
+    reads, key = rested(monkeypatch), base_key(copy)
+    assert reads
+    assert (rested(monkeypatch), base_key(copy)) == ([], key)
+
+
+def test_a_changed_file_is_read_again_though_size_and_time_are_the_old_ones(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHINETUNE_CACHE", str(tmp_path / "cache"))
+    rested(monkeypatch)
+    key, file = base_key(copy), copy / "model.safetensors"
+    stat, data = file.stat(), bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    reads = rested(monkeypatch)
+    assert base_key(copy) != key and file in reads
+
+
+def test_the_key_of_a_file_that_changed_just_now_is_not_kept(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHINETUNE_CACHE", str(tmp_path / "cache"))
+    (copy / "config.json").touch()
+    folder._hash_once.cache_clear()
+    base_key(copy)
+    assert not (tmp_path / "cache" / "hashes.json").exists()
+
+
+@pytest.mark.parametrize("kept", ["{", "[]", "[1]"])
+def test_what_is_kept_of_keys_may_be_broken_or_forbidden(
+    kept: str, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "hashes.json").write_text(kept)
+    monkeypatch.setenv("PHINETUNE_CACHE", str(cache))
+    rested(monkeypatch)
+    key = base_key(copy)
+    monkeypatch.setenv("PHINETUNE_CACHE", str(copy / "config.json" / "below a file"))
+    rested(monkeypatch)
+    assert base_key(copy) == key
 
 
 def remove(*names: str) -> Any:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import time
 from pathlib import Path
 from typing import Any, Literal
 
-from phinetune.artifact import BUILDING, MANIFEST, file_hash
-from phinetune.errors import ModelError, did_you_mean
+from phinetune.artifact import BUILDING, MANIFEST, cache_folder, content_key, file_hash, write_json
+from phinetune.errors import ModelError, OutputError, did_you_mean
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.model.embedded import EMBEDDED, embedded_folder
 
@@ -151,13 +152,39 @@ def base_key(folder: Path) -> str:
     endings = (".json", ".jinja", ".model", ".txt", ".py")
     small = [f for f in folder.iterdir() if f.suffix in endings and f.name not in (MANIFEST, BUILDING)]
     files = [*sorted(small), *weight_files(folder)[0]]
-    return _hash_once(tuple((str(f.resolve()), s.st_size, s.st_mtime_ns) for f in files if (s := f.stat())))
+    return _hash_once(tuple((str(f.resolve()), _state(f)) for f in files))
+
+
+_SETTLED = (
+    2.0  # seconds; a file that changed later than this could change again within its clock's tick and not show it
+)
+_REMEMBERED = 64  # hashes kept on disk, the latest
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    """What changes with the file's content, in whatever way it is changed: size, both times, and which file it is."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 @functools.lru_cache(maxsize=8)
-def _hash_once(files: tuple[tuple[str, int, int], ...]) -> str:
-    """sha256 of files given by name, size and time: gigabytes are read once in a process."""
-    return file_hash(*(Path(name) for name, _, _ in files))
+def _hash_once(files: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
+    """sha256 of files given by name and state: gigabytes are read once, and again when the state is another one.
+
+    Kept in phinetune's cache, for files that have been at rest; where that cannot be written, once in a process.
+    """
+    key, known = content_key(files), dict[str, str]()
+    with contextlib.suppress(OSError, ValueError, TypeError, OutputError):
+        known = dict(json.loads((cache_folder() / "hashes.json").read_text(encoding="utf-8")))
+    if key in known:
+        return str(known[key])
+    settled = all(max(state[1], state[2]) < time.time_ns() - _SETTLED * 1e9 for _, state in files)
+    digest = file_hash(*(Path(name) for name, _ in files))
+    if settled:
+        with contextlib.suppress(OSError, OutputError):
+            latest = list(known.items())[1 - _REMEMBERED :]
+            write_json(cache_folder() / "hashes.json", {**dict(latest), key: digest})
+    return digest
 
 
 def stored_dtype(folder: Path) -> Any:
