@@ -75,6 +75,7 @@ def finetune(
     """
     from phinetune.cli.console import Terminal, out
     from phinetune.cli.options import arguments
+    from phinetune.libraries import import_libraries
     from phinetune.workflow.finetune import finetune as stage
 
     options = {
@@ -89,10 +90,9 @@ def finetune(
         "overwrite": overwrite,
     }
     with Terminal(quiet) as on_event:
-        result = stage(
-            **arguments(stage, config, settings or [], options),
-            on_event=on_event,
-        )
+        given = arguments(stage, config, settings or [], options)
+        import_libraries("transformers.training_args", for_good=True)
+        result = stage(**given, on_event=on_event)
     figures = result.manifest.get("figures", {})
     loss = f", held-out loss {figures['eval_loss']:.4f}" if "eval_loss" in figures else ""
     out().print(

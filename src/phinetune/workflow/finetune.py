@@ -32,6 +32,7 @@ from phinetune.data.messages import DataConfig, parse_data_config
 from phinetune.data.sources import data_source
 from phinetune.errors import ConfigError, TrainingError
 from phinetune.events import Note, OnEvent, log_event
+from phinetune.libraries import import_libraries
 from phinetune.lora.config import LoraConfig, parse_lora_config
 from phinetune.model.contract import PromptContract
 from phinetune.model.fast import FastPaths, speed_up
@@ -89,6 +90,7 @@ def finetune(
         on_event(Note(f"unchanged: {folder} holds the result of exactly this run"))
         return StageFolder(folder, read_manifest(folder), unchanged=True)
 
+    import_libraries("datasets", "transformers.trainer")
     first_plan = plan_load(base, asked.model_kwargs, on_event=lambda event: None)
     _check_start(asked.lora, first_plan)  # its problems, too, come before the data's long reading
     contract = load_base_contract(base, bool(asked.model_kwargs.get("trust_remote_code", False)))
