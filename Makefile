@@ -25,8 +25,10 @@ fix: $(VENV)/.check
 	$(BIN)/ruff check --fix src tests benchmarks docs
 	$(BIN)/ruff format src tests benchmarks docs
 
-bench: $(VENV)/.test
-	$(BIN)/python benchmarks/train.py
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/train.py $(ARGS)
+	$(BIN)/python benchmarks/train.py --first-step
+	$(BIN)/python benchmarks/train.py --readme
 
 docs: $(VENV)/.test
 	$(BIN)/python docs/generate.py
@@ -42,6 +44,10 @@ $(VENV)/.phinetune: $(INPUTS) | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.phinetune
 	$(PIP) -e '.[onnx,embedded,test]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.phinetune
+	$(PIP) -e '.[onnx,embedded,bench]'
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.phinetune
