@@ -68,6 +68,8 @@ class Stack:
     group: str
     run: Callable[..., list[int]]
     options: dict[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    """Workloads it is not run on."""
 
 
 def run_phinetune(job: Job, pace: Pace, training: dict[str, Any] | None = None) -> list[int]:
@@ -192,6 +194,8 @@ STACKS = {
                 "TRL SFTTrainer, its best settings",
                 run_trl,
                 {**_TRL_BEST, "attention": attention, **free},
+                # all pairs of a batch's 2400 tokens, kept by every layer: over 10 GB
+                ("long",) if free and attention == "eager" else (),
             )
             for attention in ("sdpa", "eager")
             for free in ({}, {"padding_free": True, "max_length": None})

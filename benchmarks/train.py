@@ -305,7 +305,8 @@ def main(argv: list[str] | None = None) -> None:
         stacks = chosen_stacks(a.stack)
         for name in a.workload:
             print(f"{name}:", file=sys.stderr, flush=True)
-            measured = measure(WORKLOADS[name], stacks, model, a)
+            running = [stack for stack in stacks if name not in stack.left_out]
+            measured = measure(WORKLOADS[name], running, model, a)
             results.setdefault("workloads", {})[name] = {**measured, "settings": settings, **about()}
             write_json(a.results, results)
     print(terminal_table(results))

@@ -152,7 +152,9 @@ def test_stacks_train_the_same_rows_in_turn(llama_folder: Path, tone_file: Path,
 
 
 def test_a_stack_that_dies_is_named_with_its_last_words(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"(?s)phinetune: its process ended with exit code 1.*absent"):
+    with pytest.raises(
+        SystemExit, match=r"(?s)phinetune: its process ended with exit code 1.*rows.jsonl: no such file"
+    ):
         train.Worker(STACKS["phinetune"], tmp_path / "absent", tmp_path, 8, 2, tmp_path / "log")
 
 
