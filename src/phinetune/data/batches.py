@@ -10,7 +10,7 @@ on the padding has no label.
 
 Every token sees exactly the tokens it would see alone, at the same positions, so the loss is that of the padded batch and so is the
 gradient: the prefix's is the sum over the branches. With nothing shared this is padding-free batching. Which layout is used is
-decided per batch by an estimate of the work. Not here: which examples meet in a batch (the sampler), the model.
+decided per batch by an estimate of the work. Not here: which examples meet in a batch (`order.py`), the model.
 """
 
 from __future__ import annotations
@@ -48,6 +48,37 @@ def segments(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return apart
 
 
+def batch_work(
+    lengths: Sequence[int], prefix: int, hidden_size: int, layout: Layout = "auto"
+) -> tuple[Literal["padded", "tree"], float]:
+    """(the layout for a batch, its work) if rows of `lengths` tokens share their first `prefix`; "auto" takes the one with less work.
+
+    The work is an estimate for one decoder layer of width h, in multiply-adds per hidden unit, so that batches and orders of examples
+    can be compared. T is the longest row, w = T - prefix the longest branch, B the number of rows:
+
+        padded   B·T tokens               x 12 h   +   2 B·T²                     every token looks at its row
+        tree     prefix + sum of own      x 12 h   +   2 (prefix² + B·w·T)        the prefix at itself, branches at prefix and themselves,
+                                                                                  each filled up to the longest
+                                                   +   c (4 B·w + 2 B·prefix)     what is copied between the row and its branches
+
+    12 h stands for the linear layers. c = 32: queries, keys, values and outputs of branches, keys and values of the prefix, each copy as
+    dear as so many multiply-adds. It keeps rows that hardly differ and share next to nothing padded. In rows of one length that share
+    nothing a tree saves nothing; in unequal ones it is padding-free batching.
+    """
+    rows, longest = len(lengths), max(lengths)
+    padded = float(rows * longest * (12 * hidden_size + 2 * longest))
+    branch = longest - prefix
+    tokens = prefix + sum(lengths) - rows * prefix
+    copied = 4 * rows * branch + 2 * rows * prefix
+    tree = float(12 * hidden_size * tokens + 2 * (prefix**2 + rows * branch * longest) + _COPY * copied)
+    if layout == "auto":
+        layout = "tree" if tree < padded else "padded"
+    return (layout, tree if layout == "tree" else padded)
+
+
+_COPY = 32  # multiply-adds that take as long as copying one value
+
+
 @dataclass(frozen=True)
 class Collator:
     """Rows with `input_ids` and `labels` -> a batch for the loss (see the module's head). `hidden_size` weighs attention against the rest.
@@ -62,15 +93,9 @@ class Collator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows, layout = segments(rows), self.layout
         if layout == "auto":
-            prefix = shared_prefix(rows)
             lengths = [len(row["input_ids"]) for row in rows]
-            joined = prefix + sum(n - prefix for n in lengths)
-            layout = "tree" if self._work([joined]) < self._work([max(lengths)] * len(rows)) else "padded"
+            layout, _ = batch_work(lengths, shared_prefix(rows), self.hidden_size)
         return tree_batch(rows) if layout == "tree" else padded_batch(rows, self.pad_id)
-
-    def _work(self, lengths: Sequence[int]) -> float:
-        """Estimate for one decoder layer, in multiply-adds per hidden unit: about 12 h per token in the linear layers, 2 T in attention."""
-        return float(sum(n * (12 * self.hidden_size + 2 * n) for n in lengths))
 
 
 def padded_batch(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:

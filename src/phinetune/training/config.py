@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from phinetune.data.batches import Layout
+from phinetune.data.order import WAYS
 from phinetune.errors import ConfigError, did_you_mean
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.model.fast import FastPaths, read_fast_paths
@@ -64,7 +65,15 @@ _ELSEWHERE = {
     "assistant_only_loss": "data.learn_prompt; only answers are learned without it",
     "packing": "data.strategy (join), or training_config.layout",
 }
-OWN_KEYS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "layout", "fast_paths", "reference")
+OWN_KEYS = (
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "layout",
+    "train_sampling_strategy",
+    "fast_paths",
+    "reference",
+)
 """Keys of training_config that finetune itself takes."""
 
 
@@ -79,6 +88,9 @@ class TrainingPlan:
     resume_from_checkpoint: str | bool | None = None
     layout: Layout = "auto"
     fast_paths: FastPaths = field(default_factory=FastPaths)
+    order: str = (
+        "auto"  # train_sampling_strategy; one that is not in `data.order.WAYS` is the Trainer's, and in `values`
+    )
 
 
 def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_event) -> TrainingPlan:
@@ -100,7 +112,7 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
                     problems.append(f"training_config.{key}: {error}")
         elif key == "group_by_length":
             on_event(Note(f"training_config.{key}: is called train_sampling_strategy now, read as such"))
-            values.setdefault("train_sampling_strategy", "group_by_length" if value else "random")
+            own.setdefault("train_sampling_strategy", "group_by_length" if value else "random")
         elif key in _DROPPED:
             on_event(Note(f"training_config.{key}: has no effect, {_DROPPED[key]}"))
         elif key in OWN_KEYS:
@@ -126,6 +138,16 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
         problems.append(f"training_config.reference: must be true or false (found: {own['reference']!r})")
     if own.get("reference") is True and (own.get("fast_paths") or own.get("layout", "padded") != "padded"):
         problems.append("training_config.reference: turns every fast path off; leave out fast_paths and layout")
+    order = own.get("train_sampling_strategy") or "auto"
+    if order not in WAYS:
+        theirs = _choices(TrainingArguments, "train_sampling_strategy")
+        values["train_sampling_strategy"] = order
+        if order not in theirs:
+            known_ways = dict.fromkeys((*WAYS, *theirs))
+            problems.append(
+                f"training_config.train_sampling_strategy: must be one of {', '.join(known_ways)} (found: {order!r})"
+                + did_you_mean(str(order), known_ways)
+            )
     if problems:
         raise ConfigError(problems)
     if own.get("reference"):
@@ -147,7 +169,13 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
         own.get("resume_from_checkpoint"),
         own.get("layout", "auto"),
         fast_paths,
+        order,
     )
+
+
+def _choices(kind: Any, name: str) -> list[str]:
+    """The values that the installed transformers says it takes for a field of its arguments."""
+    return next((list(f.metadata.get("choices") or ()) for f in dataclasses.fields(kind) if f.name == name), [])
 
 
 def _as_declared(hint: Any, value: Any) -> Any:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from phinetune.data.examples import Examples
+    from phinetune.data.order import EpochOrder
 
 
 def fit(
@@ -32,6 +33,7 @@ def fit(
     resume_from_checkpoint: str | bool | None = None,
     parameter_groups: Callable[[Any, float, float], list[dict[str, Any]]] | None = None,
     fast_paths: FastPaths = FastPaths(),  # noqa: B008  immutable
+    order: Callable[[int], EpochOrder] | None = None,
     on_event: OnEvent = log_event,
 ) -> dict[str, Any]:
     """Train `model` in place and return the run's figures: steps, seconds, tokens per second, losses.
@@ -60,6 +62,7 @@ def fit(
             load_state=load_state,
             parameter_groups=parameter_groups,
             fast_paths=fast_paths,
+            order=order,
         )
     except (ValueError, ImportError, RuntimeError) as error:  # such as a logging integration that is not installed
         raise ConfigError(f"training_config: {str(error).splitlines()[0]}") from error

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with four things changed: the loss, evaluation by token, what a checkpoint holds, and who draws.
+"""`transformers.Trainer` with five things changed: the loss, evaluation by token, the order of examples, what a checkpoint holds, and who draws.
 
 Everything else (schedules, optimizers, accumulation, logging integrations, several processes) is the Trainer's. A checkpoint holds the
 trained state that the caller's functions write and read; `trainer_state.json` comes last, so a checkpoint without it is not whole.
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from phinetune.data.order import EpochOrder
 from phinetune.errors import TrainingError
 from phinetune.events import Note, OnEvent, Progress
 from phinetune.model.fast import FastPaths
@@ -27,7 +28,8 @@ CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt",
 
 class AdapterTrainer(Trainer):
     """See the module's head. `save_state(folder)` and `load_state(folder)` write and read what is trained;
-    `parameter_groups(model, learning_rate, weight_decay)` replaces the Trainer's own groups."""
+    `parameter_groups(model, learning_rate, weight_decay)` replaces the Trainer's own groups; `order(batch_size)` makes the sampler of
+    micro-batches, and None leaves it to the Trainer."""
 
     loss_is_scaled_for_ga = True  # the loss is divided by the learned tokens of the whole step
 
@@ -38,14 +40,23 @@ class AdapterTrainer(Trainer):
         load_state: Callable[[Path], None],
         parameter_groups: Callable[[Any, float, float], list[dict[str, Any]]] | None = None,
         fast_paths: FastPaths = FastPaths(),  # noqa: B008  immutable
+        order: Callable[[int], EpochOrder] | None = None,
         **kwargs: Any,
     ) -> None:
         self._save_state, self._load_state, self._parameter_groups = save_state, load_state, parameter_groups
+        self._make_order, self._order_callback = order, OrderCallback()
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the learned tokens of each step
         self._head = self.model.get_output_embeddings()
         last = last_mlp(self.model) if fast_paths.last_rows else None
         self._paths: dict[str, Any] = {"chunked": fast_paths.chunked_loss, "last": last}
+        self.add_callback(self._order_callback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self._make_order is None:
+            return super()._get_train_sampler(train_dataset)
+        order = self._order_callback.order = self._make_order(self._train_batch_size)
+        return order
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -118,6 +129,16 @@ class AdapterTrainer(Trainer):
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
             self._load_state(Path(self.state.best_model_checkpoint))
+
+
+class OrderCallback(TrainerCallback):
+    """Tells `order` the epoch. The data loader does so, too, but not through the wrappers of a run resumed by several processes."""
+
+    order: EpochOrder | None = None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.order is not None:
+            self.order.set_epoch(int(state.epoch or 0))
 
 
 class EventCallback(TrainerCallback):

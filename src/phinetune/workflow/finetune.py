@@ -29,6 +29,7 @@ from phinetune.data.batches import Collator
 from phinetune.data.examples import Examples, load_examples
 from phinetune.data.inheritance import inherit
 from phinetune.data.messages import DataConfig, parse_data_config
+from phinetune.data.order import WAYS, EpochOrder, OrderPlan
 from phinetune.data.sources import data_source
 from phinetune.errors import ConfigError, TrainingError
 from phinetune.events import Note, OnEvent, log_event
@@ -120,6 +121,7 @@ def finetune(
         collator, resume = Collator(contract.pad_token_id, width, layout), asked.training.resume_from_checkpoint
         wanted = test if asked.training.values.get("do_eval") is not False else test.subset([])
         groups = session.parameter_groups if asked.lora.loraplus_lr_ratio else None
+        order = _order(asked.training.order, train, collator, arguments, on_event)
         figures = fit(
             session.model,
             train,
@@ -131,6 +133,7 @@ def finetune(
             resume,
             groups,
             fast,
+            order,
             on_event,
         )
         if arguments.process_index == 0:
@@ -163,6 +166,15 @@ def _examples(
             )
         ledgers["eval_ledger"] = asdict(ledger)
     return train, test, ledgers
+
+
+def _order(
+    how: str, train: Examples, collator: Collator, arguments: Any, on_event: OnEvent
+) -> Callable[[int], EpochOrder] | None:
+    """Makes the order of examples for a batch size; None if it is one of the Trainer's own."""
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    plan = OrderPlan(train.table, how, seed, collator.hidden_size, collator.layout)
+    return (lambda batch_size: plan.order(batch_size, on_event)) if how in WAYS else None
 
 
 @contextlib.contextmanager
@@ -260,6 +272,7 @@ def _key(asked: _Request, contents: dict[str, str]) -> str:
         plan.values,
         plan.layout,
         asdict(plan.fast_paths),
+        plan.order,
         kwargs,
         *evaluated,
     )
@@ -269,6 +282,7 @@ def _settings(asked: _Request) -> dict[str, Any]:
     """The settings for the manifest; secrets stay out."""
     kwargs = {k: str(v) for k, v in asked.model_kwargs.items() if k not in _SECRET}
     training = {k: v for k, v in asked.training.values.items() if k not in _SECRET}
+    training["train_sampling_strategy"] = asked.training.order
     return {
         "data": asdict(asked.data),
         **({"eval_data": asdict(asked.eval_data)} if asked.eval_data is not None else {}),
