@@ -139,8 +139,9 @@ output_dir: adapter
 ```
 
 `training_config` takes the names of `transformers.TrainingArguments`, also those of earlier years (`evaluation_strategy`,
-`warmup_ratio`, `no_cuda`, ...), and `layout`: `auto`, `padded` or `tree` (see [concepts](concepts.md)). Batch size, number of epochs,
-learning rate, warm-up, logging and checkpoint intervals are derived from the run where they are not given, and printed.
+`warmup_ratio`, `no_cuda`, ...), and two whose values are phinetune's (see [concepts](concepts.md)): `layout`, which is `auto`, `padded` or
+`tree`, and `train_sampling_strategy`, which is `auto`, `random`, `sequential`, `group_by_length` or `group_by_prefix`. Batch size,
+number of epochs, learning rate, warm-up, logging and checkpoint intervals are derived from the run where they are not given, and printed.
 `model_kwargs` takes the names of `from_pretrained`: `torch_dtype`, `attn_implementation`, `device_map`, `trust_remote_code`,
 `revision`, `token`, and fields of the model's config.
 """

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phinetune.data.batches import Collator, padded_batch, shared_prefix, tree_batch
+from phinetune.data.batches import Collator, batch_work, padded_batch, shared_prefix, tree_batch
 from phinetune.data.examples import MASKED, encode_conversation
 from phinetune.data.messages import Conversation
 from phinetune.model.attention import allowed_in_tree
@@ -170,12 +170,42 @@ def test_uneven_rows_are_joined_rather_than_padded() -> None:
 
 
 @pytest.mark.parametrize(("hidden_size", "expected"), [(8, False), (4096, True)])
-def test_what_is_saved_is_weighed_against_dearer_attention(hidden_size: int, expected: bool) -> None:
-    batch = [
-        row([1] * 500, [2]),
-        row([3] * 480, [2]),
-    ]  # 20 tokens saved, an attention of 982 x 982 for two of 501 x 501
+def test_what_is_saved_is_weighed_against_what_is_copied(hidden_size: int, expected: bool) -> None:
+    batch = [row([1] * 500, [2]), row([3] * 480, [2])]  # 20 of 1002 tokens saved, 982 moved into branches and back
     assert is_tree(Collator(PAD, hidden_size)(batch)) == expected
+
+
+def test_the_work_of_a_batch_by_hand() -> None:
+    h = 10
+    assert batch_work([4, 6], 2, h, "padded") == ("padded", 12 * (12 * h) + 2 * (2 * 6 * 6))
+    tokens, attention, copied = 2 + 2 + 4, 2 * 2 + 2 * 4 * 6, 4 * 2 * 4 + 2 * 2 * 2
+    assert batch_work([4, 6], 2, h, "tree") == ("tree", tokens * 12 * h + 2 * attention + 32 * copied)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=16),
+    share=st.floats(0, 1),
+    hidden_size=st.sampled_from([8, 576, 3072]),
+)
+def test_auto_is_the_layout_with_less_work(lengths: list[int], share: float, hidden_size: int) -> None:
+    prefix = int(share * (min(lengths) - 1))
+    works = {layout: batch_work(lengths, prefix, hidden_size, layout)[1] for layout in ("padded", "tree")}
+    layout, work = batch_work(lengths, prefix, hidden_size)
+    assert work == works[layout] == min(works.values())
+    more = batch_work([*lengths, lengths[0]], prefix, hidden_size)[1]
+    assert more > work
+    if prefix:
+        assert works["tree"] < batch_work(lengths, prefix - 1, hidden_size, "tree")[1] or len(lengths) == 1
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_nothing_shared_and_unequal_lengths_are_joined_without_padding(rows: int) -> None:
+    lengths = [20 * (i + 1) for i in range(rows)]
+    assert batch_work(lengths, 0, 576)[0] == "tree"
+    assert batch_work([600] * rows, 0, 576)[0] == "padded"
+    assert batch_work([600] * (rows - 1) + [598], 3, 576)[0] == "padded", "next to nothing is saved"
+    made = Collator(PAD, 576)([row([i] * (n - 1), [2]) for i, n in enumerate(lengths, 1)])
+    assert made["input_ids"].shape == (1, sum(lengths)) and is_tree(made)
 
 
 @pytest.mark.parametrize("length", [2, 300])
@@ -218,3 +248,10 @@ def test_the_rows_of_real_examples_share_the_question() -> None:
     assert "What is the tone of this phrase?" in asked
     assert "so glad" not in asked
     assert is_tree(Collator(contract.pad_token_id, 64)(batch))
+
+
+def test_where_a_mask_is_needed_every_token_counts_against_every_other() -> None:
+    lengths, prefix, tokens = [100] * 20, 50, 50 + 20 * 50
+    assert batch_work(lengths, prefix, 32, "tree", dense=True)[1] == 12 * 32 * tokens + 2 * tokens**2
+    assert batch_work(lengths, prefix, 32)[0] == "tree"
+    assert batch_work(lengths, prefix, 32, dense=True)[0] == "padded"

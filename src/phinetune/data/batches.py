@@ -49,7 +49,7 @@ def segments(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def batch_work(
-    lengths: Sequence[int], prefix: int, hidden_size: int, layout: Layout = "auto"
+    lengths: Sequence[int], prefix: int, hidden_size: int, layout: Layout = "auto", dense: bool = False
 ) -> tuple[Literal["padded", "tree"], float]:
     """(the layout for a batch, its work) if rows of `lengths` tokens share their first `prefix`; "auto" takes the one with less work.
 
@@ -63,14 +63,16 @@ def batch_work(
 
     12 h stands for the linear layers. c = 32: queries, keys, values and outputs of branches, keys and values of the prefix, each copy as
     dear as so many multiply-adds. It keeps rows that hardly differ and share next to nothing padded. In rows of one length that share
-    nothing a tree saves nothing; in unequal ones it is padding-free batching.
+    nothing a tree saves nothing; in unequal ones it is padding-free batching. `dense` is for models whose attention knows nothing of trees:
+    with a mask every token is computed with every other, 2 tokens².
     """
     rows, longest = len(lengths), max(lengths)
     padded = float(rows * longest * (12 * hidden_size + 2 * longest))
     branch = longest - prefix
     tokens = prefix + sum(lengths) - rows * prefix
     copied = 4 * rows * branch + 2 * rows * prefix
-    tree = float(12 * hidden_size * tokens + 2 * (prefix**2 + rows * branch * longest) + _COPY * copied)
+    attention = 2 * tokens**2 if dense else 2 * (prefix**2 + rows * branch * longest) + _COPY * copied
+    tree = float(12 * hidden_size * tokens + attention)
     if layout == "auto":
         layout = "tree" if tree < padded else "padded"
     return (layout, tree if layout == "tree" else padded)
@@ -83,18 +85,19 @@ _COPY = 32  # multiply-adds that take as long as copying one value
 class Collator:
     """Rows with `input_ids` and `labels` -> a batch for the loss (see the module's head). `hidden_size` weighs attention against the rest.
 
-    A packed block (a row with `segments`) is laid out as the rows it is made of.
+    A packed block (a row with `segments`) is laid out as the rows it is made of. `dense` says that the model's attention takes a tree by a mask.
     """
 
     pad_id: int
     hidden_size: int
     layout: Layout = "auto"
+    dense: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows, layout = segments(rows), self.layout
         if layout == "auto":
             lengths = [len(row["input_ids"]) for row in rows]
-            layout, _ = batch_work(lengths, shared_prefix(rows), self.hidden_size)
+            layout, _ = batch_work(lengths, shared_prefix(rows), self.hidden_size, dense=self.dense)
         return tree_batch(rows) if layout == "tree" else padded_batch(rows, self.pad_id)
 
 

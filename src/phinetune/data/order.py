@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from phinetune.data.batches import Layout, batch_work
+from phinetune.data.batches import Collator, batch_work
 from phinetune.data.prefixes import WORTH, PromptHeads, file_rows, prompt_heads
 from phinetune.events import Note, OnEvent, log_event
 
@@ -102,13 +102,12 @@ class EpochOrder:
 
 @dataclass(frozen=True)
 class OrderPlan:
-    """What an order is made from. `how` is one of WAYS; `hidden_size` and `layout` are the collator's."""
+    """What an order is made from. `how` is one of WAYS."""
 
     table: Any  # datasets.Dataset with input_ids, labels, length and segments
     how: str
     seed: int
-    hidden_size: int
-    layout: Layout = "auto"
+    collator: Collator
 
     def order(self, batch_size: int, on_event: OnEvent = log_event) -> EpochOrder:
         """The order for batches of `batch_size`; what "auto" takes is said, and what it saves."""
@@ -120,7 +119,7 @@ class OrderPlan:
         packed = file.column("segments").combine_chunks().value_lengths().to_numpy().any()  # full already, each a batch
         if how == "auto" and (batch_size == 1 or len(lengths) <= batch_size or packed):
             how = "random"
-        if how == "group_by_prefix" or (how == "auto" and self.layout != "padded"):
+        if how == "group_by_prefix" or (how == "auto" and self.collator.layout != "padded"):
             heads = prompt_heads(self.table)
             groups = heads.groups(batch_size)
         if how == "auto":
@@ -176,7 +175,8 @@ class OrderPlan:
             batches = batches[np.random.default_rng(0).choice(len(batches), _SAMPLE, replace=False)]
         prefixes = heads.shared(batches).tolist() if heads is not None else [0] * len(batches)
         rows = zip(lengths[batches].tolist(), prefixes, strict=True)
-        return sum(batch_work(row, prefix, self.hidden_size, self.layout)[1] for row, prefix in rows)
+        how_laid = self.collator.hidden_size, self.collator.layout, self.collator.dense
+        return sum(batch_work(row, prefix, *how_laid)[1] for row, prefix in rows)
 
 
 _SAID = {"group_by_length": "grouped by length", "group_by_prefix": "grouped by prefix"}

@@ -126,7 +126,7 @@ def file_rows(table: Any) -> tuple[Any, NDArray[np.int64]]:
     chosen = table._indices  # None: all
     rows: NDArray[np.int64] = np.arange(len(table))
     if chosen is not None:
-        rows = np.asarray(chosen.column(0).to_numpy(), np.int64)
+        rows = chosen.column(0).to_numpy().astype(np.int64)
     return table.data.table, rows
 
 
@@ -154,7 +154,9 @@ def _first_learned(labels: NDArray[np.int32], sizes: NDArray[np.int64]) -> NDArr
 
     ends = np.cumsum(sizes)
     learned = np.append(np.flatnonzero(labels != MASKED), len(labels))
-    return np.minimum(learned[np.searchsorted(learned, ends - sizes)], ends) - (ends - sizes)
+    starts = ends - sizes
+    first: NDArray[np.int64] = np.minimum(learned[np.searchsorted(learned, starts)], ends) - starts
+    return first
 
 
 def _window(

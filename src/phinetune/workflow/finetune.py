@@ -36,7 +36,7 @@ from phinetune.events import Note, OnEvent, log_event
 from phinetune.libraries import import_libraries
 from phinetune.lora.config import LoraConfig, parse_lora_config
 from phinetune.model.contract import PromptContract
-from phinetune.model.fast import FastPaths, speed_up
+from phinetune.model.fast import FastPaths, speed_up, uses_blocks
 from phinetune.model.folder import base_key, resolve_model
 from phinetune.model.load import LoadPlan, load_base_contract, load_model, plan_load, read_model_config
 from phinetune.training.config import TrainingPlan, fit_to_machine, read_training_config, training_arguments
@@ -118,7 +118,8 @@ def finetune(
         fast = asked.training.fast_paths
         session = _Session(base, name, contents["base_key"], load_plan, asked.lora, fast, arguments.seed, on_event)
         layout = choose_layout(session.model, asked.training.layout, train.longest, on_event)
-        collator, resume = Collator(contract.pad_token_id, width, layout), asked.training.resume_from_checkpoint
+        dense = not uses_blocks(session.model)
+        collator, resume = Collator(contract.pad_token_id, width, layout, dense), asked.training.resume_from_checkpoint
         wanted = test if asked.training.values.get("do_eval") is not False else test.subset([])
         groups = session.parameter_groups if asked.lora.loraplus_lr_ratio else None
         order = _order(asked.training.order, train, collator, arguments, on_event)
@@ -173,7 +174,7 @@ def _order(
 ) -> Callable[[int], EpochOrder] | None:
     """Makes the order of examples for a batch size; None if it is one of the Trainer's own."""
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    plan = OrderPlan(train.table, how, seed, collator.hidden_size, collator.layout)
+    plan = OrderPlan(train.table, how, seed, collator)
     return (lambda batch_size: plan.order(batch_size, on_event)) if how in WAYS else None
 
 
