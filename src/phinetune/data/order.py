@@ -56,9 +56,8 @@ def epoch_order(
     if how == "random":
         return list(map(int, order.tolist()))
     if how == "group_by_length":
-        stretch = batch_size * max(
-            4, min(count // batch_size // 4, _STRETCH)
-        )  # four at least: mixed anew in each epoch
+        few = count // batch_size // 4  # a quarter at most, so that batches are mixed anew in each epoch
+        stretch = batch_size * max(4, min(few, _STRETCH))
         order = order[np.lexsort((-sizes[order], np.arange(count) // stretch))]
     else:
         groups = np.zeros(count, np.int64) if prefixes is None else np.asarray(prefixes, np.int64)

@@ -88,9 +88,8 @@ class TrainingPlan:
     resume_from_checkpoint: str | bool | None = None
     layout: Layout = "auto"
     fast_paths: FastPaths = field(default_factory=FastPaths)
-    order: str = (
-        "auto"  # train_sampling_strategy; one that is not in `data.order.WAYS` is the Trainer's, and in `values`
-    )
+    order: str = "auto"
+    """train_sampling_strategy. One that is not in `data.order.WAYS` is the Trainer's own, and in `values`, too."""
 
 
 def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_event) -> TrainingPlan:
