@@ -19,14 +19,14 @@ from phinetune.lora.injection import inject
 from phinetune.lora.layer import lora_layers
 from phinetune.model import attention as blocks
 from phinetune.model.attention import allowed_in_tree, attention_reference, causal_attention, tree_attention
-from phinetune.model.fast import ATTENTION, FastPaths, read_fast_paths, speed_up, uses_blocks
+from phinetune.model.fast import ATTENTION, FastPaths, compile_layers, read_fast_paths, speed_up, uses_blocks
 from phinetune.model.norm import RMSNorm, rms_norm, rms_norm_reference, stand_in
 from phinetune.training.config import read_training_config
 from phinetune.training.loss import supervised_loss
 from phinetune.training.rows import last_mlp
 from zoo import MODELS, zoo_model
 
-PATHS = list(FastPaths.__dataclass_fields__)
+PATHS = [name for name in FastPaths.__dataclass_fields__ if name != "compiled"]
 
 
 def only(*names: str) -> FastPaths:
@@ -273,6 +273,24 @@ def test_the_last_mlp_computes_the_learned_rows_only() -> None:
     assert seen == [8]  # two learned tokens an example
 
 
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same_for_every_length_with_few_versions() -> None:
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    paths = FastPaths(compiled=True)
+    reference, fast = trained_model("llama", FastPaths.none()), trained_model("llama", paths)
+    assert compile_layers(fast) == 2
+    graphs = 0
+    for i, some in enumerate((rows(), rows()[:3], rows()[1:])):
+        expected = loss_and_gradients(reference, tree_batch(some), FastPaths.none())
+        found = loss_and_gradients(fast, tree_batch(some), paths)
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
+        graphs = graphs if i else counters["stats"]["unique_graphs"]
+    assert 0 < graphs == counters["stats"]["unique_graphs"], "other lengths need no other code"
+
+
 # --- switches ---
 
 
@@ -281,6 +299,8 @@ def test_switches_are_read_and_wrong_ones_named() -> None:
     assert read_training_config({"reference": True}, lambda e: None).layout == "padded"
     assert read_training_config({"fast_paths": {"norm": False}}).fast_paths == FastPaths(norm=False)
     assert read_fast_paths(False, "x") == FastPaths.none()
+    plan = read_training_config({"torch_compile": True, "torch_compile_mode": "max-autotune"}, lambda e: None)
+    assert plan.fast_paths.compiled and not {"torch_compile", "torch_compile_mode"} & set(plan.values)
     with pytest.raises(ConfigError, match="atention: unknown key, did you mean"):
         read_training_config({"fast_paths": {"atention": False}})
     with pytest.raises(ConfigError, match="norm: must be true or false"):

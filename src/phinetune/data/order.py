@@ -125,7 +125,7 @@ class OrderPlan:
             how = self._cheapest(lengths, heads, groups, batch_size, on_event)
         elif how == "group_by_prefix" and groups is not None:
             reason = "no prompts begin alike in a way that saves work" if not groups.any() else ""
-            reason = "the layout is padded, which shares no prefix" if self.layout == "padded" else reason
+            reason = "the layout is padded, which shares no prefix" if self.collator.layout == "padded" else reason
             if reason:
                 on_event(
                     Note(f"training_config.train_sampling_strategy: group_by_prefix saves nothing, {reason}", True)

@@ -161,5 +161,5 @@ def choose_arithmetic(model: nn.Module, paths: FastPaths) -> None:
             module.__dict__.pop("arithmetic", None)
             if not paths.linear:
                 module.__dict__["arithmetic"] = lora_linear_reference
-    if paths.linear and paths.grouped:
+    if paths.linear and paths.grouped and not paths.compiled:  # compiled layers must be alike, and hold no state
         share_inputs(model)

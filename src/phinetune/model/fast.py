@@ -38,6 +38,8 @@ class FastPaths:
     """The last layer's MLP only where a learned token is predicted."""
     chunked_loss: bool = True
     """Cross-entropy and its gradient a piece at a time, never all logits at once."""
+    compiled: bool = False
+    """Each decoder layer through torch's compiler: half a minute to two at the start, for a few per cent."""
 
     @classmethod
     def none(cls) -> FastPaths:
@@ -79,7 +81,7 @@ def speed_up(model: Any, paths: FastPaths, on_event: OnEvent = log_event) -> Any
         if not _same(_answer(model), before):
             _set_attention(model, was)
             on_event(Note("model: attention in blocks computes something else than the model's own, left out"))
-    if paths.norm:
+    if paths.norm and not paths.compiled:  # the compiler joins these operators itself
         exchanged = _exchange_norms(model)
         if exchanged and not _same(_answer(model), before):
             for parent, name, module in exchanged:
@@ -88,6 +90,26 @@ def speed_up(model: Any, paths: FastPaths, on_event: OnEvent = log_event) -> Any
                 Note("model: normalization in one function computes something else than the model's own, left out")
             )
     return model
+
+
+def compile_layers(model: Any, on_event: OnEvent = log_event) -> int:
+    """Compile each of the model's decoder layers by itself, for any length; the number of layers.
+
+    All layers have one code, so it is compiled once and used for all; what would need too many versions of it runs as it is (torch's
+    `recompile_limit`). Attention in blocks, whose loops depend on the lengths, stays outside.
+    """
+    import torch
+    from transformers import AttentionInterface
+
+    from phinetune.model.attention import attention_forward
+
+    AttentionInterface.register(ATTENTION, torch.compiler.disable(attention_forward))
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+    largest: Any = max(layers, key=lambda m: sum(p.numel() for p in m.parameters()), default=[])
+    for layer in largest:
+        layer.compile(dynamic=True)
+    on_event(Note(f"model: {len(largest)} layers are compiled in the first step, which takes up to two minutes"))
+    return len(largest)
 
 
 def uses_blocks(model: Any) -> bool:

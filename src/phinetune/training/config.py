@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -152,6 +152,14 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
     if own.get("reference"):
         fast_paths, own["layout"] = FastPaths.none(), "padded"
         on_event(Note("training: the reference, without any fast path"))
+    if values.pop("torch_compile", False):
+        on_event(
+            Note("training_config.torch_compile: the decoder layers are compiled one by one, never the whole model")
+        )
+        fast_paths = replace(fast_paths, compiled=True)
+    for key in ("torch_compile_backend", "torch_compile_mode"):
+        if values.pop(key, None) is not None:
+            on_event(Note(f"training_config.{key}: has no effect, layers are compiled by torch's default"))
     wanted = "bfloat16" if values.pop("bf16", False) else None
     if values.pop("fp16", False):
         on_event(

@@ -36,7 +36,7 @@ from phinetune.events import Note, OnEvent, log_event
 from phinetune.libraries import import_libraries
 from phinetune.lora.config import LoraConfig, parse_lora_config
 from phinetune.model.contract import PromptContract
-from phinetune.model.fast import FastPaths, speed_up, uses_blocks
+from phinetune.model.fast import FastPaths, compile_layers, speed_up, uses_blocks
 from phinetune.model.folder import base_key, resolve_model
 from phinetune.model.load import LoadPlan, load_base_contract, load_model, plan_load, read_model_config
 from phinetune.training.config import TrainingPlan, fit_to_machine, read_training_config, training_arguments
@@ -328,6 +328,8 @@ class _Session:
         original = OriginalWeights(base) if lora.init_lora_weights == "loftq" else None
         self.adapter = inject(self.model, lora, original, on_event)
         choose_arithmetic(self.model, fast)
+        if fast.compiled:
+            compile_layers(self.model, on_event)
         self.model.train()
         self.size = lora_size(self.model)
         share = self.size.trainable / self.size.total
