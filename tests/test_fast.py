@@ -172,10 +172,11 @@ def test_one_of_the_group_may_go_unused() -> None:
 # --- whole models ---
 
 
-def rows() -> list[dict[str, Any]]:
+def rows(shift: int = 0) -> list[dict[str, Any]]:
+    """Four examples that begin alike; what follows changes with `shift`."""
     out = []
     for extra in (3, 9, 14, 4):
-        ids = [5, 6, 7, 8, 9, *[10 + (extra * i) % 50 for i in range(extra)]]
+        ids = [5, 6, 7, 8, 9, *[10 + (extra * i + shift) % 50 for i in range(extra)]]
         out.append({"input_ids": ids, "labels": [-100] * (len(ids) - 2) + ids[-2:]})
     return out
 
@@ -289,6 +290,48 @@ def test_compiled_layers_compute_the_same_for_every_length_with_few_versions() -
             torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
         graphs = graphs if i else counters["stats"]["unique_graphs"]
     assert 0 < graphs == counters["stats"]["unique_graphs"], "other lengths need no other code"
+
+
+# --- whole runs ---
+
+
+def curve(paths: FastPaths, dtype: torch.dtype, layout: Any, steps: int = 50) -> torch.Tensor:
+    """The loss of each of `steps` steps on changing batches."""
+    model = speed_up(zoo_model("llama").to(dtype), paths).train()
+    torch.manual_seed(3)
+    inject(model, LoraConfig(r=4, lora_alpha=8))
+    choose_arithmetic(model, paths)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    last = last_mlp(model) if paths.last_rows else None
+    losses = []
+    for step in range(steps):
+        some = rows(shift=7 * (step % 2))[step % 3 :]
+        head = model.get_output_embeddings()
+        loss = supervised_loss(model, head, layout(some), dtype, chunked=paths.chunked_loss, last=last)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def test_the_loss_curve_is_that_of_the_reference() -> None:
+    reference = curve(FastPaths.none(), torch.float32, lambda r: padded_batch(r, 0))
+    assert reference[-1] < 0.5 * reference[0], "something is learned"
+    for layout in (tree_batch, lambda r: padded_batch(r, 0)):
+        assert float((curve(FastPaths(), torch.float32, layout) - reference).abs().max()) < 1e-4
+
+
+def test_in_bfloat16_the_loss_curve_is_as_near_to_float32_as_the_references_are() -> None:
+    exact = curve(FastPaths.none(), torch.float32, tree_batch)
+
+    def error(paths: FastPaths, layout: Any) -> float:
+        return float((curve(paths, torch.bfloat16, layout) - exact).abs().mean())
+
+    layouts = (tree_batch, lambda r: padded_batch(r, 0))  # two orders of the same sums
+    spread = max(error(FastPaths.none(), layout) for layout in layouts)
+    assert spread > 0
+    assert max(error(FastPaths(), layout) for layout in layouts) < 1.5 * spread
 
 
 # --- switches ---

@@ -103,7 +103,7 @@ def compile_layers(model: Any, on_event: OnEvent = log_event) -> int:
 
     from phinetune.model.attention import attention_forward
 
-    AttentionInterface.register(ATTENTION, torch.compiler.disable(attention_forward))
+    AttentionInterface.register(ATTENTION, torch.compiler.disable(attention_forward))  # type: ignore[no-untyped-call]
     layers = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
     largest: Any = max(layers, key=lambda m: sum(p.numel() for p in m.parameters()), default=[])
     for layer in largest:
