@@ -23,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from phi3_shape import LINEAR, make_base, shapes
+
 RESULTS = Path(__file__).parent / "results" / "merge.json"
 
 COPY = """
@@ -53,40 +55,22 @@ def make(folder: Path, layers: int) -> tuple[Path, Path]:
     """(base model, adapter) with Phi-3-mini's shapes; made once."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, Phi3Config
 
-    base, adapter = folder / f"base-{layers}", folder / f"adapter-{layers}"
-    if (base / "done").exists():
+    base, adapter = make_base(folder, layers), folder / f"adapter-{layers}"
+    if (adapter / "adapter_config.json").exists():
         return base, adapter
-    shutil.rmtree(base, ignore_errors=True), shutil.rmtree(adapter, ignore_errors=True)
-    base.mkdir(parents=True), adapter.mkdir()
-    config = Phi3Config(num_hidden_layers=layers, torch_dtype="bfloat16", tie_word_embeddings=False)
-    config.architectures = ["Phi3ForCausalLM"]
-    config.save_pretrained(str(base))
-    with torch.device("meta"):
-        shapes = {k: v.shape for k, v in AutoModelForCausalLM.from_config(config).state_dict().items()}
-    files = [f"model-{i + 1:05d}-of-00004.safetensors" for i in range(4)]
-    names = list(shapes)
-    step = -(-len(names) // 4)
-    where, total = {}, 0
+    shutil.rmtree(adapter, ignore_errors=True)
+    adapter.mkdir()
     torch.manual_seed(0)
-    for i, file in enumerate(files):
-        part = {n: torch.randn(shapes[n], dtype=torch.bfloat16) * 0.02 for n in names[i * step : (i + 1) * step]}
-        save_file(part, str(base / file), metadata={"format": "pt"})
-        where |= dict.fromkeys(part, file)
-        total += sum(t.nbytes for t in part.values())
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    ends = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     factors = {}
-    for name in (n.removesuffix(".weight") for n in names if n.endswith(tuple(f"{e}.weight" for e in ends))):
-        out, features = shapes[f"{name}.weight"]
-        factors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(16, features) * 0.02
-        factors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, 16) * 0.02
+    for name, shape in shapes(base).items():
+        layer = name.removesuffix(".weight")
+        if layer.endswith(LINEAR):
+            factors[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(16, shape[1]) * 0.02
+            factors[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(shape[0], 16) * 0.02
     save_file(factors, str(adapter / "adapter_model.safetensors"), metadata={"format": "pt"})
-    values = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": list(ends), "task_type": "CAUSAL_LM"}
+    values = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": list(LINEAR), "task_type": "CAUSAL_LM"}
     (adapter / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": str(base)}))
-    (base / "done").touch()
     return base, adapter
 
 

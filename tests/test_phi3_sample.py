@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 import phinetune
 from phinetune.errors import ConfigError
@@ -61,8 +59,9 @@ def test_runs_unchanged(phi3_folder: Path, tmp_path: Path, monkeypatch: pytest.M
     assert result.folder == Path("checkpoint_dir") and result.manifest["figures"]["steps"] == 4
     assert sum("flash_attention_2 is not to be had" in n for n in notes) == (0 if torch.cuda.is_available() else 1)
     assert sum(n.startswith("training_config.warmup_ratio: is called warmup_steps now") for n in notes) == 1
-    renamed = "activation_checkpointing" in {f.name for f in dataclasses.fields(TrainingArguments)}
-    assert sum("gradient_checkpointing: is called activation_checkpointing now" in n for n in notes) == renamed
+    assert result.manifest["training_config"]["checkpoint_layers"] == "all" and not any(
+        "checkpointing" in n for n in notes
+    )
     assert result.manifest["peft_config"]["lora_alpha"] == 32
     assert phinetune.finetune(
         str(phi3_folder), str(data), TRAINING, PEFT, MODEL
@@ -128,11 +127,11 @@ def test_reentrant_checkpointing_tf32_and_half_precision_evaluation_are_replaced
             "gradient_checkpointing_kwargs": {"use_reentrant": True},
             "tf32": True,
             "bf16_full_eval": True,
-        }
+        },
+        lambda e: notes.append(getattr(e, "text", "")),
     )
     values = fit_to_machine(plan.values, CPU, lambda e: notes.append(getattr(e, "text", "")))
-    checkpointing = [v for k, v in values.items() if k.endswith("checkpointing_kwargs")]
-    assert checkpointing == [{"use_reentrant": False}]
+    assert plan.checkpoint_layers == "all" and plan.checkpoint_options == {} and "use_reentrant" in notes[0]
     assert "tf32" not in values and "bf16_full_eval" not in values
     assert len(notes) == 3
 

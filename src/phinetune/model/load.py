@@ -23,6 +23,7 @@ from phinetune.model.quantized import (
     Quantization,
     from_pretrained_options,
     keep_readable,
+    quantize_layers,
     quiet_bitsandbytes,
     read_quantization,
 )
@@ -213,7 +214,8 @@ def load_model(folder: Path, plan: LoadPlan) -> Any:
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {} if plan.attention is None else {"attn_implementation": plan.attention}
-    if plan.quantization is not None:
+    mapped = plan.quantization is not None and _is_stored_in(folder, plan.dtype)
+    if plan.quantization is not None and not mapped:
         options |= from_pretrained_options(plan.quantization, plan.dtype, plan.device)
     try:
         with quiet_transformers(), quiet_bitsandbytes():
@@ -240,10 +242,22 @@ def load_model(folder: Path, plan: LoadPlan) -> Any:
     if problems:
         raise ModelError(problems, "the weights do not belong to this config.json; copy or download the model again")
     if plan.quantization is not None:
+        if mapped:
+            with quiet_bitsandbytes():
+                quantize_layers(model, plan.quantization, plan.dtype, plan.device)
+            model.to(plan.device)
         model.is_quantized = False  # to the Trainer: it would refuse a quantized model whose adapter is not PEFT's own
         keep_readable(model)
         return model.eval()
     return model.to(plan.device).eval()
+
+
+def _is_stored_in(folder: Path, dtype: torch.dtype) -> bool:
+    """True if the weights in `folder` are plain numbers of `dtype`: they are then mapped, not read, when they are loaded."""
+    try:
+        return bool(stored_dtype(folder) == dtype)
+    except ModelError:  # quantized already
+        return False
 
 
 def load_base_contract(folder: Path, trust_remote_code: bool = False) -> PromptContract:

@@ -8,7 +8,6 @@ is the `TrainingArguments` that the Trainer receives.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import os
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,8 @@ from phinetune.data.order import WAYS
 from phinetune.errors import ConfigError, did_you_mean
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.model.fast import FastPaths, read_fast_paths
+from phinetune.training.checkpointing import CHECKPOINTING_KEYS, LayerCount, read_checkpointing
+from phinetune.training.optimizers import available_optimizer
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +30,6 @@ _RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
     "warmup_ratio": "warmup_steps",
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
 }
@@ -73,6 +72,7 @@ OWN_KEYS = (
     "train_sampling_strategy",
     "fast_paths",
     "reference",
+    *CHECKPOINTING_KEYS,
 )
 """Keys of training_config that finetune itself takes."""
 
@@ -90,6 +90,9 @@ class TrainingPlan:
     fast_paths: FastPaths = field(default_factory=FastPaths)
     order: str = "auto"
     """train_sampling_strategy. One that is not in `data.order.WAYS` is the Trainer's own, and in `values`, too."""
+    checkpoint_layers: LayerCount | None = None
+    """Layers whose activations are computed again in the backward pass; None where nothing was said."""
+    checkpoint_options: dict[str, Any] = field(default_factory=dict)
 
 
 def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_event) -> TrainingPlan:
@@ -147,6 +150,11 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
                 f"training_config.train_sampling_strategy: must be one of {', '.join(known_ways)} (found: {order!r})"
                 + did_you_mean(str(order), known_ways)
             )
+    layers, options = None, {}
+    try:
+        layers, options = read_checkpointing(own, on_event)
+    except ConfigError as error:
+        problems.extend(error.problems)
     if problems:
         raise ConfigError(problems)
     if own.get("reference"):
@@ -177,6 +185,8 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
         own.get("layout", "auto"),
         fast_paths,
         order,
+        layers,
+        options,
     )
 
 
@@ -206,22 +216,8 @@ def _as_declared(hint: Any, value: Any) -> Any:
 def fit_to_machine(values: dict[str, Any], device: torch.device, on_event: OnEvent = log_event) -> dict[str, Any]:
     """`values` with what this machine lacks replaced by the best it has."""
     values = dict(values)
-    optim = str(getattr(values.get("optim"), "value", values.get("optim") or ""))
-    needs_bitsandbytes = optim.startswith("paged_") or "8bit" in optim or optim.endswith("_bnb")
-    lacks = (optim.startswith("paged_") and device.type != "cuda") or (
-        needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None
-    )
-    lacks = lacks or (optim == "adamw_apex_fused" and importlib.util.find_spec("apex") is None)
-    if lacks:
-        replacement = "adamw_torch_fused" if "lion" not in optim else None
-        if replacement is None:
-            raise ConfigError(
-                f"training_config.optim: {optim} is not to be had on this machine", "use adamw_torch_fused"
-            )
-        on_event(
-            Note(f"training_config.optim: {optim} is not to be had on this machine, using {replacement}", warning=True)
-        )
-        values["optim"] = replacement
+    if values.get("optim"):
+        values["optim"] = available_optimizer(values["optim"], device, on_event)
     for key in ("bf16_full_eval", "fp16_full_eval", *(["tf32"] if device.type != "cuda" else [])):
         if values.pop(key, False):
             on_event(
@@ -231,18 +227,6 @@ def fit_to_machine(values: dict[str, Any], device: torch.device, on_event: OnEve
                     else f"training_config.{key}: not on this machine, left out"
                 )
             )
-    for name in (
-        "activation_checkpointing",
-        "gradient_checkpointing",
-    ):  # today's name, and that of transformers before 5.21
-        kwargs = dict(values.pop(f"{name}_kwargs", None) or {})
-        if kwargs.pop("use_reentrant", False):
-            message = (
-                f"training_config.{name}_kwargs.use_reentrant: true cannot train adapters on a frozen base, using false"
-            )
-            on_event(Note(message, warning=True))
-        if values.get(name):
-            values[f"{name}_kwargs"] = {**kwargs, "use_reentrant": False}
     return values
 
 

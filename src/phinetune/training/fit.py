@@ -78,7 +78,7 @@ def fit(
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"out of memory on {arguments.device}",
-            "lower training_config.per_device_train_batch_size, or set training_config.gradient_checkpointing=true",
+            "lower training_config.per_device_train_batch_size, or set training_config.checkpoint_layers=all",
         ) from error
     seconds = time.perf_counter() - start
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0

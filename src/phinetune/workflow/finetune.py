@@ -39,6 +39,7 @@ from phinetune.model.contract import PromptContract
 from phinetune.model.fast import FastPaths, compile_layers, speed_up, uses_blocks
 from phinetune.model.folder import base_key, resolve_model
 from phinetune.model.load import LoadPlan, load_base_contract, load_model, plan_load, read_model_config
+from phinetune.training.checkpointing import check_layer_count
 from phinetune.training.config import TrainingPlan, fit_to_machine, read_training_config, training_arguments
 
 _SECRET = ("token", "use_auth_token", "hub_token")
@@ -94,11 +95,13 @@ def finetune(
     import_libraries("datasets", "transformers.trainer")
     first_plan = plan_load(base, asked.model_kwargs, on_event=lambda event: None)
     _check_start(asked.lora, first_plan)  # its problems, too, come before the data's long reading
+    shape = read_model_config(base, first_plan.trust_remote_code).get_text_config()
+    check_layer_count(asked.training.checkpoint_layers, getattr(shape, "num_hidden_layers", None))
     contract = load_base_contract(base, bool(asked.model_kwargs.get("trust_remote_code", False)))
     contract = contract.with_chat_template(asked.data.chat_template)
     train, test, ledgers = _examples(asked, contract, on_event)
     load_plan = plan_load(base, asked.model_kwargs, train.longest, on_event)
-    width = read_model_config(base, load_plan.trust_remote_code).get_text_config().hidden_size
+    width = shape.hidden_size
     values = fit_to_machine(asked.training.values, load_plan.device, on_event)
     arguments = training_arguments(
         values,
@@ -112,11 +115,15 @@ def finetune(
     record = {"stage": "finetune", "base_model": name, **contents, **ledgers, **_settings(asked)}
     record["config_overrides"] = {k: v for k, v in load_plan.config_overrides.items() if k != "use_cache"}
     with _one_writer(arguments, folder, key, record) as partial:
+        from phinetune.training.checkpointing import checkpoint_layers
         from phinetune.training.fit import fit
         from phinetune.training.layout import choose_layout
 
         fast = asked.training.fast_paths
         session = _Session(base, name, contents["base_key"], load_plan, asked.lora, fast, arguments.seed, on_event)
+        checkpoint_layers(
+            session.model, asked.training.checkpoint_layers or 0, asked.training.checkpoint_options, on_event
+        )
         layout = choose_layout(session.model, asked.training.layout, train.longest, on_event)
         dense = not uses_blocks(session.model)
         collator, resume = Collator(contract.pad_token_id, width, layout, dense), asked.training.resume_from_checkpoint
@@ -282,12 +289,13 @@ def _key(asked: _Request, contents: dict[str, str]) -> str:
 def _settings(asked: _Request) -> dict[str, Any]:
     """The settings for the manifest; secrets stay out."""
     kwargs = {k: str(v) for k, v in asked.model_kwargs.items() if k not in _SECRET}
+    layers = asked.training.checkpoint_layers
     training = {k: v for k, v in asked.training.values.items() if k not in _SECRET}
     training["train_sampling_strategy"] = asked.training.order
     return {
         "data": asdict(asked.data),
         **({"eval_data": asdict(asked.eval_data)} if asked.eval_data is not None else {}),
-        "training_config": training,
+        "training_config": training | ({} if layers is None else {"checkpoint_layers": layers}),
         "peft_config": asdict(asked.lora),
         "model_kwargs": kwargs,
     }
