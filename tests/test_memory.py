@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from phinetune.errors import ConfigError
 from phinetune.model import load, quantized
 from phinetune.model.load import LoadPlan, load_model, quiet_transformers
-from phinetune.model.memory import MappedFiles
+from phinetune.model.memory import MappedFiles, keep_freed_memory
 from phinetune.model.quantized import Quantization, quantize, quantized_layers, quiet_bitsandbytes
+from phinetune.training.config import read_training_config
 from zoo import MODELS, zoo_model
 
 pytest.importorskip("bitsandbytes")
@@ -100,3 +105,38 @@ def test_memory_that_is_not_a_mapped_weight_is_never_given_back(tmp_path: Path) 
         weight = file.get_slice("w")[...]
     files = MappedFiles()
     assert files.release(weight.t()) == 0 and files.release(weight[0, :16]) == 0  # not contiguous; within one page
+
+
+FAULTS = """
+import resource, sys, torch
+from phinetune.model.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def step():  # 100 MB in blocks of 4 MB, all freed
+    blocks = [torch.ones(1 << 20) for _ in range(25)]
+step(), step(), step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_freed_memory_is_not_faulted_in_again() -> None:
+    plain, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("plain", "keep")
+    )
+    assert 5 * kept < plain, (kept, plain)
+
+
+def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert keep_freed_memory() is False and MappedFiles().release(torch.ones(1 << 20)) == 0
+
+
+def test_the_switch_is_a_truth_value() -> None:
+    assert read_training_config({}).keep_freed_memory is True
+    assert read_training_config({"keep_freed_memory": False}).keep_freed_memory is False
+    with pytest.raises(ConfigError, match="keep_freed_memory: must be true or false"):
+        read_training_config({"keep_freed_memory": "yes"})

@@ -129,7 +129,7 @@ def quantize(weight: torch.Tensor, quantization: Quantization) -> tuple[torch.Te
             weight.contiguous(), blocksize=BLOCK, compress_statistics=double, quant_type=kind
         )
         return found
-    parts = [_quantize_slice(part, kind) for part in weight.reshape(-1).split(_SLICE)]
+    parts = [_quantize_slice(part, kind) for part in torch.split(weight.reshape(-1), _SLICE)]
     packed, absmax = torch.cat([p for p, _ in parts]), torch.cat([a for _, a in parts])
     nested: dict[str, Any] = {}
     if double:  # the scales, less their mean, in 8 bits (Dettmers et al. 2023, section 3)

@@ -72,6 +72,7 @@ OWN_KEYS = (
     "train_sampling_strategy",
     "fast_paths",
     "reference",
+    "keep_freed_memory",
     *CHECKPOINTING_KEYS,
 )
 """Keys of training_config that finetune itself takes."""
@@ -93,6 +94,8 @@ class TrainingPlan:
     checkpoint_layers: LayerCount | None = None
     """Layers whose activations are computed again in the backward pass; None where nothing was said."""
     checkpoint_options: dict[str, Any] = field(default_factory=dict)
+    keep_freed_memory: bool = True
+    """On a CPU: freed blocks stay with the process from step to step (`phinetune.model.memory`)."""
 
 
 def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_event) -> TrainingPlan:
@@ -150,15 +153,17 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
                 f"training_config.train_sampling_strategy: must be one of {', '.join(known_ways)} (found: {order!r})"
                 + did_you_mean(str(order), known_ways)
             )
-    layers, options = None, {}
+    if not isinstance(kept := own.get("keep_freed_memory", True), bool):
+        problems.append(f"training_config.keep_freed_memory: must be true or false (found: {kept!r})")
+    checkpointing: tuple[LayerCount | None, dict[str, Any]] = (None, {})
     try:
-        layers, options = read_checkpointing(own, on_event)
+        checkpointing = read_checkpointing(own, on_event)
     except ConfigError as error:
         problems.extend(error.problems)
     if problems:
         raise ConfigError(problems)
     if own.get("reference"):
-        fast_paths, own["layout"] = FastPaths.none(), "padded"
+        fast_paths, own["layout"], own["keep_freed_memory"] = FastPaths.none(), "padded", False
         on_event(Note("training: the reference, without any fast path"))
     if values.pop("torch_compile", False):
         on_event(
@@ -179,14 +184,15 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
     return TrainingPlan(
         values,
         wanted,
-        own.get("output_dir"),
-        bool(own.get("overwrite_output_dir", False)),
-        own.get("resume_from_checkpoint"),
-        own.get("layout", "auto"),
-        fast_paths,
-        order,
-        layers,
-        options,
+        output_dir=own.get("output_dir"),
+        overwrite=bool(own.get("overwrite_output_dir", False)),
+        resume_from_checkpoint=own.get("resume_from_checkpoint"),
+        layout=own.get("layout", "auto"),
+        fast_paths=fast_paths,
+        order=order,
+        checkpoint_layers=checkpointing[0],
+        checkpoint_options=checkpointing[1],
+        keep_freed_memory=own.get("keep_freed_memory", True),
     )
 
 

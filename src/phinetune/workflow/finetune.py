@@ -39,6 +39,7 @@ from phinetune.model.contract import PromptContract
 from phinetune.model.fast import FastPaths, compile_layers, speed_up, uses_blocks
 from phinetune.model.folder import base_key, resolve_model
 from phinetune.model.load import LoadPlan, load_base_contract, load_model, plan_load, read_model_config
+from phinetune.model.memory import keep_freed_memory
 from phinetune.training.checkpointing import check_layer_count
 from phinetune.training.config import TrainingPlan, fit_to_machine, read_training_config, training_arguments
 
@@ -128,6 +129,8 @@ def finetune(
         dense = not uses_blocks(session.model)
         collator, resume = Collator(contract.pad_token_id, width, layout, dense), asked.training.resume_from_checkpoint
         wanted = test if asked.training.values.get("do_eval") is not False else test.subset([])
+        if load_plan.device.type == "cpu" and asked.training.keep_freed_memory:
+            keep_freed_memory()
         groups = session.parameter_groups if asked.lora.loraplus_lr_ratio else None
         order = _order(asked.training.order, train, collator, arguments, on_event)
         figures = fit(
