@@ -77,7 +77,7 @@ def test_gradients_are_the_same_bits(name: str) -> None:
     plain = gradients(model, batch)
     assert len(plain) >= 8 and any(float(g.abs().max()) > 0 for g in plain.values())
     for count in (1, "all"):
-        assert checkpoint_layers(model, count) == (1 if count == 1 else 2)
+        assert checkpoint_layers(model, count) == 1  # of two, the last is never taken
         found = gradients(model, batch)
         assert found.keys() == plain.keys() and all(torch.equal(found[k], plain[k]) for k in plain)
     checkpoint_layers(model, 0)
@@ -90,7 +90,7 @@ def test_tree_batches_keep_their_masks_and_positions(kind: str, attention: str) 
     model = tiny_model(kind)
     model.set_attn_implementation(attention)
     model, batch = adapted(model), tree_batch(ROWS)
-    assert "allowed" in batch
+    assert "tree" in batch
     plain = gradients(model, batch)
     checkpoint_layers(model, "all")
     found = gradients(model, batch)
@@ -102,7 +102,7 @@ def test_the_first_layers_are_computed_again_and_only_in_training() -> None:
     assert checkpoint_layers(model, 3) == 3 and calls(model, batch) == [2, 2, 2, 1]
     assert checkpoint_layers(model, 1) == 1 and calls(model, batch) == [2, 1, 1, 1]
     assert checkpoint_layers(model, 0) == 0 and calls(model, batch) == [1, 1, 1, 1]
-    assert checkpoint_layers(model, "all") == 4
+    assert checkpoint_layers(model, "all") == checkpoint_layers(model, 4) == 3
     assert calls(model.eval(), batch) == [1, 1, 1, 1]
 
 
@@ -110,7 +110,7 @@ def test_layers_below_the_lowest_trained_one_are_passed_over() -> None:
     model = adapted(zoo_model("llama", num_hidden_layers=4), layers_to_transform=[2, 3])
     batch = padded_batch(ROWS, 0)
     assert checkpoint_layers(model, 1) == 1 and calls(model, batch) == [1, 1, 2, 1]
-    assert checkpoint_layers(model, 4) == 2 and calls(model, batch) == [1, 1, 2, 2]
+    assert checkpoint_layers(model, 4) == 1 and calls(model, batch) == [1, 1, 2, 1]
     assert not model.get_input_embeddings()(batch["input_ids"]).requires_grad  # no gradient is made to reach down there
     model.get_input_embeddings().weight.requires_grad_(True)
     assert checkpoint_layers(model, 1) == 1 and calls(model, batch) == [2, 1, 1, 1]
@@ -136,7 +136,7 @@ def kept(model: Any, batch: dict[str, torch.Tensor]) -> int:
 def test_a_checkpointed_layer_keeps_no_activations() -> None:
     model, batch = adapted(zoo_model("llama", num_hidden_layers=4)), padded_batch(ROWS * 4, 0)
     sizes = []
-    for count in range(5):
+    for count in range(4):
         checkpoint_layers(model, count)
         sizes.append(kept(model, batch))
     steps = [a - b for a, b in itertools.pairwise(sizes)]

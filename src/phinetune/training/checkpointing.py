@@ -87,7 +87,7 @@ def check_layer_count(count: LayerCount | None, layers: int | None) -> None:
 def checkpoint_layers(
     model: Any, count: LayerCount, options: dict[str, Any] | None = None, on_event: OnEvent = log_event
 ) -> int:
-    """Checkpoint the first `count` decoder layers of `model` that keep anything, and no others; return how many those are.
+    """Checkpoint the first `count` decoder layers of `model` that keep anything, but the last, and no others; return how many those are.
 
     Layers below the lowest one with a trained parameter keep nothing and are passed over. It works in train mode only, as transformers has
     it. `options`: arguments of `torch.utils.checkpoint.checkpoint`. Raises ConfigError for a count above the number of layers, and for a model that cannot be checkpointed.
@@ -101,11 +101,11 @@ def checkpoint_layers(
         return _by_the_models_own_code(model, count, again, on_event)
     check_layer_count(count, len(layers))
     lowest = 0 if _trains(model.get_input_embeddings()) else next((i for i, m in enumerate(layers) if _trains(m)), 0)
-    stop = len(layers) if count == "all" else lowest + count
+    stop = len(layers) - 1 if count == "all" else min(lowest + count, len(layers) - 1)
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = lowest <= i < stop
         layer._gradient_checkpointing_func = again
-    return min(stop, len(layers)) - lowest
+    return max(stop - lowest, 0)
 
 
 def _trains(module: Any) -> bool:

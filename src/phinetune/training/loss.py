@@ -25,7 +25,7 @@ from phinetune.training.cross_entropy import (
     chunked_cross_entropy,
     summed_cross_entropy,
 )
-from phinetune.training.rows import checkpointed, only_rows, tree_mask
+from phinetune.training.rows import only_rows, recomputed, tree_mask
 
 _ALTERING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models known to do something to what their head returns (a soft cap, a scale): they need the logits themselves."""
@@ -151,7 +151,7 @@ def supervised_loss(
     in_head = chunked and can_make_loss(model, head)
     with (
         head_only_at(head, positions),
-        only_rows(None if model.training and checkpointed(model) else last, positions),
+        only_rows(None if recomputed(model, last) else last, positions),
         loss_made_in(head, model, targets, label_smoothing) if in_head else contextlib.nullcontext(),
     ):
         made = model(**inputs).logits  # the loss, (1, 1), or logits, (N, vocabulary)

@@ -57,7 +57,7 @@ def last_mlp(model: Any) -> nn.Module | None:
 def only_rows(module: nn.Module | None, positions: Tensor) -> Iterator[None]:
     """Inside, `module` computes only the rows `positions` of its (B, T, h) input; elsewhere its output is zero.
 
-    Nothing is changed for None. Not for a layer that is computed again for the backward pass: the rows would not be known any more.
+    Nothing is changed for None. Not for a module that is computed again for the backward pass: the rows would not be known any more.
     """
     if module is None:
         yield
@@ -80,6 +80,7 @@ def only_rows(module: nn.Module | None, positions: Tensor) -> Iterator[None]:
             handle.remove()
 
 
-def checkpointed(model: Any) -> bool:
-    """True if any layer of `model` is computed again for the backward pass (activation checkpointing)."""
-    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+def recomputed(model: Any, module: nn.Module | None) -> bool:
+    """True if `module` lies in a part of `model` that is computed again for the backward pass (activation checkpointing)."""
+    parts = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    return model.training and any(inside is module for part in parts for inside in part.modules())
