@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from phinetune.workflow.export import export
     from phinetune.workflow.export_adapters import export_adapters
     from phinetune.workflow.finetune import finetune
+    from phinetune.workflow.forecast_training import plan
     from phinetune.workflow.merge import merge
     from phinetune.workflow.passes import Pass, PassJob
     from phinetune.workflow.quickstart import quickstart
@@ -49,6 +50,7 @@ _HOME = {
     "finetune": "phinetune.workflow.finetune",
     "load_generator": "phinetune.generation.load",
     "merge": "phinetune.workflow.merge",
+    "plan": "phinetune.workflow.forecast_training",
     "quickstart": "phinetune.workflow.quickstart",
     "truncate": "phinetune.workflow.truncate",
 }
@@ -70,6 +72,7 @@ __all__ = [
     "finetune",
     "load_generator",
     "merge",
+    "plan",
     "quickstart",
     "run_file",
     "truncate",

@@ -15,6 +15,7 @@ import typer
 from phinetune import __version__
 from phinetune.cli.flags import BaseModel, Completion, ConfigFile, Data, Model, Output, Overwrite, Prompt, Quiet, Set
 from phinetune.cli.info import info
+from phinetune.cli.plan import Seed, TestFraction, plan
 from phinetune.cli.run import migrate, run_file
 from phinetune.cli.workflow_files import register as register_workflow_files
 
@@ -43,18 +44,8 @@ def finetune(
     output: Output = None,
     prompt: Prompt = None,
     completion: Completion = None,
-    test_fraction: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the examples held out for evaluation, 0 to below 1 (default: 0.2).", show_default=False
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            help="Seed of the split (default: 0); training's own is training_config.seed.", show_default=False
-        ),
-    ] = None,
+    test_fraction: TestFraction = None,
+    seed: Seed = None,
     reference: Annotated[
         bool | None,
         typer.Option("--reference", help="Turn every fast path off: plain torch, to compare with.", show_default=False),
@@ -62,6 +53,9 @@ def finetune(
     config: ConfigFile = None,
     settings: Set = None,
     overwrite: Overwrite = None,
+    no_memory_check: Annotated[
+        bool, typer.Option("--no-memory-check", help="Train even if the forecast says that the memory is not enough.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a LoRA adapter on a data file.
@@ -88,6 +82,7 @@ def finetune(
         "training_config.reference": reference,
         "output_dir": output,
         "overwrite": overwrite,
+        "training_config.skip_memory_check": no_memory_check or None,
     }
     with Terminal(quiet) as on_event:
         given = arguments(stage, config, settings or [], options)
@@ -313,6 +308,7 @@ def quickstart(
     )
 
 
+app.command()(plan)
 app.command("run")(run_file)
 app.command()(migrate)
 app.command()(info)

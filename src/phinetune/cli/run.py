@@ -107,7 +107,7 @@ def _show_plan(workflow: Any, only: str | None, until: str | None) -> None:
 
     plan = forecast(workflow, only, until)
     console = out()
-    console.print(_table(("pass", "type", "takes", "gives", "cached", "memory", "time"), [
+    console.print(table(("pass", "type", "takes", "gives", "cached", "memory", "time"), [
         (s.name, s.type, s.takes, s.gives, "yes" if s.cached else "no", size_text(s.memory) if s.memory else "-", f"{s.seconds:.0f} s" if s.seconds is not None else "-")
         for s in plan.steps
     ]))  # fmt: skip
@@ -123,7 +123,7 @@ def _show_result(result: Any, workflow: Any) -> None:
     console = out()
     header, rows = results_table(result)
     if rows and any(len(row) > 1 for row in rows):
-        console.print(_table(header, rows))
+        console.print(table(header, rows))
     best = result.best
     if best is not None:
         console.print(
@@ -132,7 +132,8 @@ def _show_result(result: Any, workflow: Any) -> None:
         )
 
 
-def _table(header: Any, rows: Any) -> Any:
+def table(header: Any, rows: Any) -> Any:
+    """Rows of values under a header, as every listing of the command line looks."""
     from rich.table import Table
     from rich.text import Text
 

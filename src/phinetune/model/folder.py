@@ -21,6 +21,7 @@ from phinetune.model.embedded import EMBEDDED, embedded_folder
 Kind = Literal["hf", "adapter", "onnx"]
 HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only")
 """Keys of `model_kwargs` that say where on the hub a model is fetched from."""
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
 
 
 def resolve_model(name: str, model_kwargs: dict[str, Any] | None = None, on_event: OnEvent = log_event) -> Path:
@@ -36,8 +37,7 @@ def resolve_model(name: str, model_kwargs: dict[str, Any] | None = None, on_even
         return folder
     if folder.exists():
         raise ModelError(f"{name}: is a file; a model is a folder with config.json and safetensors files")
-    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.parent.is_dir()
-    if not looks_like_hub_id:
+    if not _is_hub_id(name):
         raise ModelError(
             f"{name}: no such model folder{did_you_mean(name, EMBEDDED)}",
             f"give a folder, a hub id (owner/name), or an embedded model: {', '.join(EMBEDDED)}",
@@ -48,10 +48,47 @@ def resolve_model(name: str, model_kwargs: dict[str, Any] | None = None, on_even
     return folder
 
 
+def resolve_description(name: str, model_kwargs: dict[str, Any] | None = None, on_event: OnEvent = log_event) -> Path:
+    """As `resolve_model`, for what config.json and the tokenizer tell: the weights need not be there, and are not fetched."""
+    folder = Path(name).expanduser()
+    if name in EMBEDDED or folder.exists() or not _is_hub_id(name):
+        if folder.is_dir():
+            check_model_folder(folder, weights=False)
+            return folder
+        return resolve_model(name, model_kwargs, on_event)
+    from huggingface_hub import snapshot_download
+
+    options = {k: v for k, v in (model_kwargs or {}).items() if k in HUB_KEYS}
+    wanted = [pattern for pattern in _HUB_FILES if pattern != "*.safetensors"]
+    with contextlib.suppress(Exception):
+        local = Path(snapshot_download(name, allow_patterns=wanted, **{**options, "local_files_only": True}))
+        check_model_folder(local, weights=False)
+        return local
+    on_event(Note(f"model: fetching config and tokenizer of {name} from the Hugging Face hub"))
+    try:
+        local = Path(snapshot_download(name, allow_patterns=wanted, **options))
+    except Exception as error:
+        raise _hub_error(name, error) from error
+    check_model_folder(local, weights=False)
+    return local
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).expanduser().parent.is_dir()
+
+
+def _hub_error(name: str, error: Exception) -> ModelError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ModelError(
+        f"{name}: no such folder here, and not to be had from the hub: {reason}",
+        "give the path of a local model folder",
+    )
+
+
 def _from_hub(name: str, options: dict[str, Any], on_event: OnEvent) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
+    wanted = list(_HUB_FILES)
     with contextlib.suppress(Exception):
         local = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True, **options))
         if weight_files(local)[0] and not weight_files(local)[1]:  # else the download broke off: fetch the rest
@@ -60,11 +97,7 @@ def _from_hub(name: str, options: dict[str, Any], on_event: OnEvent) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, **options))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"{name}: no such folder here, and not to be had from the hub: {reason}",
-            "give the path of a local model folder",
-        ) from error
+        raise _hub_error(name, error) from error
 
 
 def kind_of(folder: Path) -> Kind:
@@ -83,8 +116,8 @@ def kind_of(folder: Path) -> Kind:
     )
 
 
-def check_model_folder(folder: Path) -> None:
-    """Raises one ModelError with everything that is missing or broken in a base model's folder."""
+def check_model_folder(folder: Path, weights: bool = True) -> None:
+    """Raises one ModelError with everything that is missing or broken in a base model's folder; without `weights`, but those."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: is an adapter, not a base model", "merge it first, or give its base model")
     problems = []
@@ -100,9 +133,9 @@ def check_model_folder(folder: Path) -> None:
         (folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     ):
         problems.append(f"{folder}: no tokenizer files (tokenizer.json)")
-    files, missing = weight_files(folder)
+    files, missing = weight_files(folder) if weights else ([], [])
     problems += [f"{f}: no such file, though the index names it" for f in missing]
-    if not files and not missing:
+    if weights and not files and not missing:
         problems.append(f"{folder}: no weights (*.safetensors)")
     problems += [problem for file in files if (problem := _safetensors_problem(file))]
     if problems:

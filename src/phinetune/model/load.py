@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from phinetune.errors import ConfigError, ModelError, did_you_mean
 from phinetune.events import Note, OnEvent, log_event
-from phinetune.model.compute import bfloat16_speedup, default_device, default_dtype
+from phinetune.model.compute import bfloat16_speedup, default_device, default_dtype, release_freed_memory
 from phinetune.model.contract import PromptContract, load_contract, load_tokenizer, make_contract
 from phinetune.model.folder import HUB_KEYS, stored_dtype
 from phinetune.model.quantized import (
@@ -241,6 +241,7 @@ def load_model(folder: Path, plan: LoadPlan) -> Any:
     ]
     if problems:
         raise ModelError(problems, "the weights do not belong to this config.json; copy or download the model again")
+    release_freed_memory()
     if plan.quantization is not None:
         if mapped:
             with quiet_bitsandbytes():

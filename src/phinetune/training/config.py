@@ -73,6 +73,7 @@ OWN_KEYS = (
     "fast_paths",
     "reference",
     "keep_freed_memory",
+    "skip_memory_check",
     *CHECKPOINTING_KEYS,
 )
 """Keys of training_config that finetune itself takes."""
@@ -96,6 +97,8 @@ class TrainingPlan:
     checkpoint_options: dict[str, Any] = field(default_factory=dict)
     keep_freed_memory: bool = True
     """On a CPU: freed blocks stay with the process from step to step (`phinetune.model.memory`)."""
+    skip_memory_check: bool = False
+    """Train even if the forecast says that the memory is not enough."""
 
 
 def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_event) -> TrainingPlan:
@@ -160,6 +163,10 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
         checkpointing = read_checkpointing(own, on_event)
     except ConfigError as error:
         problems.extend(error.problems)
+    if not isinstance(own.get("skip_memory_check", False), bool):
+        problems.append(
+            f"training_config.skip_memory_check: must be true or false (found: {own['skip_memory_check']!r})"
+        )
     if problems:
         raise ConfigError(problems)
     if own.get("reference"):
@@ -193,6 +200,7 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
         checkpoint_layers=checkpointing[0],
         checkpoint_options=checkpointing[1],
         keep_freed_memory=own.get("keep_freed_memory", True),
+        skip_memory_check=own.get("skip_memory_check", False),
     )
 
 

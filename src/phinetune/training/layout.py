@@ -26,7 +26,7 @@ def choose_layout(model: Any, asked: Layout, longest: int, on_event: OnEvent = l
     """
     if asked == "padded":
         return asked
-    reason = _config_reason(model, longest) or _probe_reason(model)
+    reason = padded_reason(model, longest) or _probe_reason(model)
     if reason is None:
         return asked
     if asked == "tree":
@@ -37,7 +37,8 @@ def choose_layout(model: Any, asked: Layout, longest: int, on_event: OnEvent = l
     return "padded"
 
 
-def _config_reason(model: Any, longest: int) -> str | None:
+def padded_reason(model: Any, longest: int) -> str | None:
+    """Why the tree is not for this model, as far as its config tells; `longest` as in `choose_layout`. None if nothing speaks against it."""
     config = model.config.get_text_config()
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return "the model takes no position_ids"

@@ -47,7 +47,7 @@ _SECRET = ("token", "use_auth_token", "hub_token")
 
 
 @dataclass(frozen=True)
-class _Request:
+class TrainingRequest:
     """What was asked for, read and checked."""
 
     data: DataConfig
@@ -79,7 +79,7 @@ def finetune(
 
     Raises a PhinetuneError for whatever the user can mend, before training begins where it can be known before.
     """
-    asked = _read(data, eval_data, training_config, peft_config, model_kwargs, output_dir, overwrite, on_event)
+    asked = read_request(data, eval_data, training_config, peft_config, model_kwargs, output_dir, overwrite, on_event)
     folder, data_path = asked.folder, data_source(asked.data, on_event)
     base = resolve_model(model, asked.model_kwargs, on_event)
     name = str(base.resolve()) if Path(model).expanduser().is_dir() else model
@@ -95,14 +95,14 @@ def finetune(
 
     import_libraries("datasets", "transformers.trainer")
     first_plan = plan_load(base, asked.model_kwargs, on_event=lambda event: None)
-    _check_start(asked.lora, first_plan)  # its problems, too, come before the data's long reading
-    shape = read_model_config(base, first_plan.trust_remote_code).get_text_config()
-    check_layer_count(asked.training.checkpoint_layers, getattr(shape, "num_hidden_layers", None))
+    check_start(asked.lora, first_plan)  # its problems, too, come before the data's long reading
+    config = read_model_config(base, first_plan.trust_remote_code)
+    check_layer_count(asked.training.checkpoint_layers, getattr(config.get_text_config(), "num_hidden_layers", None))
     contract = load_base_contract(base, bool(asked.model_kwargs.get("trust_remote_code", False)))
     contract = contract.with_chat_template(asked.data.chat_template)
-    train, test, ledgers = _examples(asked, contract, on_event)
+    train, test, ledgers = read_examples(asked, contract, on_event)
     load_plan = plan_load(base, asked.model_kwargs, train.longest, on_event)
-    width = shape.hidden_size
+    width = config.get_text_config().hidden_size
     values = fit_to_machine(asked.training.values, load_plan.device, on_event)
     arguments = training_arguments(
         values,
@@ -113,6 +113,7 @@ def finetune(
         partial_folder(folder),
         on_event,
     )
+    _forecast(base, config, asked, load_plan, arguments, train, contract, on_event)
     record = {"stage": "finetune", "base_model": name, **contents, **ledgers, **_settings(asked)}
     record["config_overrides"] = {k: v for k, v in load_plan.config_overrides.items() if k != "use_cache"}
     with _one_writer(arguments, folder, key, record) as partial:
@@ -155,8 +156,27 @@ def finetune(
     return StageFolder(folder, read_manifest(folder))
 
 
-def _examples(
-    asked: _Request, contract: PromptContract, on_event: OnEvent
+def _forecast(
+    base: Path,
+    config: Any,
+    asked: TrainingRequest,
+    load_plan: LoadPlan,
+    arguments: Any,
+    train: Examples,
+    contract: PromptContract,
+    on_event: OnEvent,
+) -> None:
+    """Say what the run will take, and refuse one that cannot fit; only for CPUs, whose memory and operators are known here."""
+    if load_plan.device.type != "cpu" or arguments.process_index != 0:
+        return
+    from phinetune.workflow.forecast_training import TrainingForecast, check_memory
+
+    forecast = TrainingForecast(base, config, asked, load_plan, arguments, train, contract.pad_token_id, on_event)
+    check_memory(forecast, asked.training.skip_memory_check, on_event)
+
+
+def read_examples(
+    asked: TrainingRequest, contract: PromptContract, on_event: OnEvent
 ) -> tuple[Examples, Examples, dict[str, Any]]:
     """(train, held out, ledgers for the manifest); what became of the rows is said."""
     train, test, ledger = load_examples(asked.data, contract, on_event)
@@ -206,7 +226,7 @@ def _one_writer(arguments: Any, folder: Path, key: str, record: dict[str, Any]) 
     PartialState().wait_for_everyone()
 
 
-def _read(
+def read_request(
     data: Any,
     eval_data: Any,
     training: Any,
@@ -215,7 +235,7 @@ def _read(
     output_dir: Any,
     overwrite: bool,
     on_event: OnEvent,
-) -> _Request:
+) -> TrainingRequest:
     """Every config read and checked, all their problems in one ConfigError."""
     problems: list[str] = []
 
@@ -244,7 +264,7 @@ def _read(
         kwargs["dtype"] = plan.wanted_dtype
     if plan.values.get("use_cpu"):
         kwargs.setdefault("device_map", "cpu")
-    return _Request(
+    return TrainingRequest(
         data_config, eval_config, lora, plan, kwargs, Path(str(chosen)).expanduser(), overwrite or plan.overwrite
     )
 
@@ -271,7 +291,7 @@ def _eval_config(eval_data: Any, data: DataConfig) -> DataConfig:
     return replace(config, test_fraction=0.0)
 
 
-def _key(asked: _Request, contents: dict[str, str]) -> str:
+def _key(asked: TrainingRequest, contents: dict[str, str]) -> str:
     """What decides the adapter's bytes: the base's and the data's content, and every setting but the data file's name."""
     plan = asked.training
     kwargs = {k: v for k, v in asked.model_kwargs.items() if k not in _SECRET}
@@ -289,7 +309,7 @@ def _key(asked: _Request, contents: dict[str, str]) -> str:
     )
 
 
-def _settings(asked: _Request) -> dict[str, Any]:
+def _settings(asked: TrainingRequest) -> dict[str, Any]:
     """The settings for the manifest; secrets stay out."""
     kwargs = {k: str(v) for k, v in asked.model_kwargs.items() if k not in _SECRET}
     layers = asked.training.checkpoint_layers
@@ -304,7 +324,7 @@ def _settings(asked: _Request) -> dict[str, Any]:
     }
 
 
-def _check_start(lora: LoraConfig, plan: LoadPlan) -> None:
+def check_start(lora: LoraConfig, plan: LoadPlan) -> None:
     """Raises ConfigError for factors that start at what 4 bits took, where there are no 4 bits."""
     if lora.init_lora_weights == "loftq" and plan.quantization is None:
         raise ConfigError(

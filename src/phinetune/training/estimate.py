@@ -1,0 +1,197 @@
+"""What one training step will take, in memory and in operators, found by running it without numbers before anything is loaded.
+
+    config.json -> model on fake tensors -> inject -> supervised_loss -> backward        `StepTrace` follows it all
+
+It is the real step: the model's own forward, our loss and our autograd functions, so whatever is changed in those is in the estimate at
+once. Decoder layers are alike, so the step is run with one and with two of them, and every figure, linear in their number, is extended
+to the whole model. Where layers differ (in their parameters, their kinds, or their adapters) the whole model is run instead.
+
+    memory = weights + adapters + optimizer state + the most that is alive of activations, logits, gradients and temporaries
+
+Not here: the process and its libraries, seconds (`estimate_time.py`), what is chosen when it does not fit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phinetune.lora.config import LoraConfig
+from phinetune.model.load import LoadPlan
+from phinetune.training.estimate_model import build_on_meta, quantization_tensors, without_numbers
+from phinetune.training.estimate_trace import Call, Peak, StepTrace
+from phinetune.training.loss import supervised_loss
+
+# Bytes of optimizer state for each byte of a trained parameter, by how the optimizer's name begins; the longest beginning counts.
+_STATE = {"adamw": 2.0, "adam": 2.0, "lion": 1.0, "sgd": 0.0, "adagrad": 1.0, "rmsprop": 1.0, "ademamix": 3.0, "adafactor": 0.05}
+_STATES_OF_8_BITS = {"adamw": 2, "lion": 1, "ademamix": 3, "rmsprop": 1}
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What is trained, and how: all that decides what a step takes, but the batch."""
+
+    config: Any
+    """The base model's transformers config."""
+    load: LoadPlan
+    lora: LoraConfig
+    checkpointing: dict[str, Any] | None = None
+    """Keywords for torch's checkpoint where activations are recomputed in the backward pass; None where they are kept."""
+    optimizer: str = "adamw_torch_fused"
+    accumulates: bool = False
+    """Several batches a step: the gradients of those before are there already."""
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """One batch, forward and backward. Bytes; `calls` holds every operator with its shapes and how often it runs."""
+
+    peak: Peak
+    calls: Counter[Call] = field(repr=False)
+    trained: int
+    """Bytes of the parameters that learn: the optimizer goes over them once a step."""
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations in matrix products and attention."""
+        return sum(call.flops * count for call, count in self.calls.items())
+
+
+class StepEstimator:
+    """Estimates for one model and its options, batch by batch. Raises what building and `inject` raise."""
+
+    def __init__(self, settings: StepSettings) -> None:
+        self.settings = settings
+        whole = build_on_meta(settings.config, settings.load, settings.lora)
+        depth = settings.config.get_text_config().num_hidden_layers
+        self._scale: tuple[int, int] | None = (1, 2) if depth > 2 and _layers_are_alike(whole, settings) else None
+        self._depth = depth
+        self.weights = _bytes([*_frozen(whole), *whole.buffers(), *quantization_tensors(whole)])
+        self.adapters = _bytes(_trained(whole))
+        self.optimizer = optimizer_bytes(settings.optimizer, _trained(whole))
+        self.numbers = sum(p.numel() * (2 if hasattr(p, "quant_state") else 1) for p in _frozen(whole))
+        """Numbers that the base model's weights stand for."""
+        self.model = whole
+        self._models: dict[int, nn.Module] = {}
+        if self._scale is None:
+            self._models[depth] = without_numbers(whole)
+
+    def __call__(self, batch: dict[str, Tensor]) -> StepEstimate:
+        """The estimate for `batch`, which is what the collator makes."""
+        if self._scale is None:
+            trace = self._trace(self._depth, batch)
+            peaks, calls = trace.peaks, trace.calls
+        else:
+            one, two = (self._trace(layers, batch) for layers in self._scale)
+            peaks = {phase: _extended(one.peaks[phase], two.peaks[phase], self._depth) for phase in one.peaks}
+            calls = Counter(
+                {
+                    call: count
+                    for call in one.calls | two.calls
+                    if (count := one.calls[call] + (self._depth - 1) * (two.calls[call] - one.calls[call])) > 0
+                }
+            )
+        peak = max(peaks.values(), key=lambda p: p.total)
+        parts = {**peak.parts, "optimizer": self.optimizer}
+        return StepEstimate(Peak(peak.total + self.optimizer, parts), calls, self.adapters)
+
+    def _trace(self, layers: int, batch: dict[str, Tensor]) -> StepTrace:
+        if layers not in self._models:
+            built = build_on_meta(self.settings.config, self.settings.load, self.settings.lora, layers)
+            self._models[layers] = without_numbers(built)
+        settings = self.settings
+        return trace_step(
+            self._models[layers], batch, settings.checkpointing, settings.accumulates, settings.label_smoothing
+        )
+
+
+def trace_step(
+    model: Any,
+    batch: dict[str, Tensor],
+    checkpointing: dict[str, Any] | None = None,
+    accumulates: bool = False,
+    label_smoothing: float = 0.0,
+) -> StepTrace:
+    """Forward and backward of `model`, with numbers or without, under a `StepTrace`. Its gradients are gone afterwards."""
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(checkpointing)
+    trained, handles = _trained(model), []
+    if accumulates:
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+    trace = StepTrace(model.config.get_text_config().vocab_size)
+    trace.hold([*_frozen(model), *model.buffers(), *quantization_tensors(model)], "weights")
+    trace.hold(trained, "adapters")
+    trace.hold([p.grad for p in trained if p.grad is not None], "gradients")
+    for parameter in trained:
+        handles.append(parameter.register_post_accumulate_grad_hook(lambda p: trace.hold([p.grad], "gradients")))
+    try:
+        with trace:
+            loss = supervised_loss(
+                model, model.get_output_embeddings(), batch, model.dtype, label_smoothing=label_smoothing
+            )
+            trace.phase = "backward"
+            loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trained:
+            parameter.grad = None
+    return trace
+
+
+def optimizer_bytes(name: str, parameters: list[Tensor]) -> int:
+    """Bytes of the state that optimizer `name` (TrainingArguments' `optim`) keeps for `parameters`."""
+    name = name.removeprefix("paged_")
+    total = _bytes(parameters)
+    if "8bit" in name or "4bit" in name:
+        states = next((n for begin, n in _STATES_OF_8_BITS.items() if name.startswith(begin)), 2)
+        return sum(states * p.numel() for p in parameters)
+    factor = next((f for begin, f in sorted(_STATE.items(), reverse=True) if name.startswith(begin)), 2.0)
+    return int(factor * total)
+
+
+def _extended(one: Peak, two: Peak, depth: int) -> Peak:
+    """The peak at `depth` layers from those at one layer and at two."""
+
+    def at(a: int, b: int) -> int:
+        return a + (depth - 1) * (b - a)
+
+    names = one.parts.keys() | two.parts.keys()
+    parts = {name: at(one.parts.get(name, 0), two.parts.get(name, 0)) for name in sorted(names)}
+    return Peak(at(one.total, two.total), parts)
+
+
+def _layers_are_alike(model: nn.Module, settings: StepSettings) -> bool:
+    """True if the decoder layers of `model`, adapters included, differ in nothing but their number."""
+    text = settings.config.get_text_config()
+    if len(set(getattr(text, "layer_types", None) or [])) > 1:
+        return False
+    layers: dict[str, list[tuple[Any, ...]]] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if (found := re.match(r"(.*?\.)(\d+)\.(.*)", name)) is not None:
+            kind = (found[1], found[3], tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+            layers.setdefault(found[2], []).append(kind)
+    kinds = list(layers.values())
+    return len(kinds) == text.num_hidden_layers and all(kind == kinds[0] for kind in kinds)
+
+
+def _frozen(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if not p.requires_grad]
+
+
+def _trained(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the storages of `tensors`, shared ones once."""
+    return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
