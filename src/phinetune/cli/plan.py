@@ -19,9 +19,7 @@ TestFraction = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option(
-        help="Seed of the split (default: 0); training's own is training_config.seed.", show_default=False
-    ),
+    typer.Option(help="Seed of the split (default: 0); training's own is training_config.seed.", show_default=False),
 ]
 
 
@@ -64,7 +62,10 @@ def plan(
         console.print(table)
         console.print()
     if not found.fits:
-        console.print("it does not fit; nothing that was tried makes it fit" if not found.suggestions else "it does not fit", markup=False)
+        console.print(
+            "it does not fit; nothing that was tried makes it fit" if not found.suggestions else "it does not fit",
+            markup=False,
+        )
         raise typer.Exit(3)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,16 @@ from phinetune.training.estimate_trace import Call, Peak, StepTrace
 from phinetune.training.loss import supervised_loss
 
 # Bytes of optimizer state for each byte of a trained parameter, by how the optimizer's name begins; the longest beginning counts.
-_STATE = {"adamw": 2.0, "adam": 2.0, "lion": 1.0, "sgd": 0.0, "adagrad": 1.0, "rmsprop": 1.0, "ademamix": 3.0, "adafactor": 0.05}
+_STATE = {
+    "adamw": 2.0,
+    "adam": 2.0,
+    "lion": 1.0,
+    "sgd": 0.0,
+    "adagrad": 1.0,
+    "rmsprop": 1.0,
+    "ademamix": 3.0,
+    "adafactor": 0.05,
+}
 _STATES_OF_8_BITS = {"adamw": 2, "lion": 1, "ademamix": 3, "rmsprop": 1}
 
 
@@ -77,6 +86,8 @@ class StepEstimator:
         self.optimizer = optimizer_bytes(settings.optimizer, _trained(whole))
         self.numbers = sum(p.numel() * (2 if hasattr(p, "quant_state") else 1) for p in _frozen(whole))
         """Numbers that the base model's weights stand for."""
+        self.unquantized = _bytes([p for p in _frozen(whole) if not hasattr(p, "quant_state")])
+        """Bytes of the base's parameters that are not in 4 bits."""
         self.model = whole
         self._models: dict[int, nn.Module] = {}
         if self._scale is None:
@@ -130,14 +141,15 @@ def trace_step(
     trace.hold(trained, "adapters")
     trace.hold([p.grad for p in trained if p.grad is not None], "gradients")
     for parameter in trained:
-        handles.append(parameter.register_post_accumulate_grad_hook(lambda p: trace.hold([p.grad], "gradients")))
+        hook = cast(Any, parameter).register_post_accumulate_grad_hook
+        handles.append(hook(lambda p: trace.hold([p.grad], "gradients")))
     try:
         with trace:
             loss = supervised_loss(
                 model, model.get_output_embeddings(), batch, model.dtype, label_smoothing=label_smoothing
             )
             trace.phase = "backward"
-            loss.backward()
+            torch.autograd.backward(loss)
     finally:
         for handle in handles:
             handle.remove()
@@ -193,5 +205,3 @@ def _trained(model: nn.Module) -> list[Tensor]:
 def _bytes(tensors: list[Tensor]) -> int:
     """Bytes of the storages of `tensors`, shared ones once."""
     return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
-
-

@@ -46,9 +46,12 @@ def build_on_meta(config: Any, plan: LoadPlan, lora: LoraConfig, layers: int | N
         model.tie_weights()
     if plan.quantization is not None:
         _quantize(model, plan.quantization, plan.dtype)
-    start = True if lora.init_lora_weights == "loftq" else lora.init_lora_weights  # the same shapes, and no weights to look at
+    start = (
+        True if lora.init_lora_weights == "loftq" else lora.init_lora_weights
+    )  # the same shapes, and no weights to look at
     inject(model, replace(lora, init_lora_weights=start, loftq_config={}), on_event=lambda event: None)
-    return model.train()
+    trained: nn.Module = model.train()
+    return trained
 
 
 def _quantize(model: Any, quantization: Quantization, dtype: torch.dtype) -> None:
@@ -114,7 +117,8 @@ def without_numbers(model: nn.Module) -> nn.Module:
 
     keep: list[Tensor] = []
     for module in model.modules():
-        for held in (module._parameters, module._buffers, module.__dict__):
+        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        for held in places:
             for name, value in list(held.items()):
                 if isinstance(value, Tensor) and value.is_meta:
                     held[name] = fake(value)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phinetune.data.encoding import MASKED
-from phinetune.training.estimate import StepEstimate, StepEstimator, StepSettings, trace_step
+from phinetune.training.estimate import StepEstimate, StepEstimator, trace_step
 from phinetune.training.estimate_time import OperatorClock, call_overhead
 
 if TYPE_CHECKING:
@@ -70,28 +70,24 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in ("input_ids", "labels", "segments") if key in row}
 
 
-def estimate_time(
-    estimator: StepEstimator, batches: Sequence[dict[str, Tensor]], accumulation: int, clock: OperatorClock
+def run_time(
+    estimator: StepEstimator,
+    steps: Sequence[tuple[StepEstimate, dict[str, Tensor]]],
+    accumulation: int,
+    clock: OperatorClock,
 ) -> RunTime:
-    """Mean over `batches` of forward and backward, times `accumulation`, and the optimizer's part."""
-    overhead = _overhead(estimator.settings)
-    steps: list[StepEstimate] = [estimator(batch) for batch in batches]
-    passes = [clock.seconds(s.calls) + overhead * sum(s.calls.values()) for s in steps]
+    """Mean over `steps` (estimate, batch) of forward and backward, times `accumulation`, and the optimizer's part."""
+    overhead, count = _overhead(), len(steps)
+    passes = [clock.seconds(s.calls) + overhead * sum(s.calls.values()) for s, _ in steps]
     clock.save()
-    count = len(steps)
     return RunTime(
         accumulation * sum(passes) / count + clock.update_seconds(estimator.adapters),
-        accumulation * sum(s.flops for s in steps) // count,
-        accumulation * sum(_learnable(b) for b in batches) / count,
+        accumulation * sum(s.flops for s, _ in steps) // count,
+        accumulation * sum(b["input_ids"].numel() for _, b in steps) / count,
     )
 
 
-def _learnable(batch: dict[str, Tensor]) -> int:
-    """Tokens in a batch, padding included."""
-    return int(batch["input_ids"].numel())
-
-
-def _overhead(settings: StepSettings) -> float:
+def _overhead() -> float:
     """Seconds a call beyond its operator, found with a small real model once a machine."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -113,6 +109,6 @@ def _overhead(settings: StepSettings) -> float:
         batch = padded_batch([{"input_ids": list(range(1, 17)), "labels": [MASKED] * 8 + list(range(9, 17))}], 0)
 
         def step() -> None:
-            supervised_loss(model, model.get_output_embeddings(), batch, torch.float32).backward()
+            torch.autograd.backward(supervised_loss(model, model.get_output_embeddings(), batch, torch.float32))
 
         return call_overhead(step, trace_step(model, batch).calls)

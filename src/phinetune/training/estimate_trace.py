@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -49,14 +49,14 @@ class Peak:
     parts: dict[str, int] = field(default_factory=dict)
 
 
-class StepTrace(TorchDispatchMode):
+class StepTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Use as `with StepTrace(...) as trace`; `phase` names what runs now. `vocabulary` tells logits from other tensors.
 
     Peaks are in bytes, one for each phase. What is alive already has to be named with `hold`.
     """
 
     def __init__(self, vocabulary: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.vocabulary, self.phase = vocabulary, "forward"
         self.calls: Counter[Call] = Counter()
         self.peaks: dict[str, Peak] = {}
@@ -139,11 +139,14 @@ def _flops(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     """Floating point operations of a matrix product or an attention; 0 for everything else."""
     packet = func._overloadpacket
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-        return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
+        forward = cast(Any, sdpa_flop_count)
+        return int(forward(args[0].shape, args[1].shape, args[2].shape))
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return int(sdpa_backward_flop_count(args[0].shape, args[1].shape, args[2].shape, args[3].shape))
+        backward = cast(Any, sdpa_backward_flop_count)
+        return int(backward(*(args[i].shape for i in range(4))))
     if packet in (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_):
+        groups = args[1].shape[0] if args[1].dim() == 3 else 1
         rows, inner = args[1].shape[-2:]
-        return 2 * (args[1].shape[0] if args[1].dim() == 3 else 1) * rows * inner * args[2].shape[-1]
+        return int(2 * groups * rows * inner * args[2].shape[-1])
     count = flop_registry.get(packet)
     return int(count(*args, **kwargs, out_val=out)) if count is not None else 0

@@ -8,12 +8,14 @@ most, its libraries and the file pages of the weights included. Time is that of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phinetune.data.batches import Collator
+from phinetune.data.encoding import MASKED
 from phinetune.data.messages import DataConfig
 from phinetune.errors import InfeasibleError, PhinetuneError
 from phinetune.events import Note, OnEvent, log_event
@@ -27,7 +29,8 @@ from phinetune.workflow.finetune import TrainingRequest, check_start, read_examp
 
 if TYPE_CHECKING:
     from phinetune.data.examples import Examples
-    from phinetune.training.estimate import StepEstimator
+    from phinetune.training.estimate import StepEstimate, StepEstimator
+    from phinetune.training.estimate_run import RunTime
     from phinetune.training.estimate_time import OperatorClock
 
 _SLACK = 0.10
@@ -131,7 +134,7 @@ def check_memory(forecast: TrainingForecast, skip: bool, on_event: OnEvent) -> P
     An estimate that fails never stops a run: the reason is said.
     """
     try:
-        found = forecast.plan(batches=1, budget=0.5)
+        found = forecast.plan(batches=0, budget=0.5)
     except PhinetuneError:
         raise
     except Exception as error:  # whatever a foreign model's code makes of tensors without numbers
@@ -167,7 +170,7 @@ class _Variant:
 
     batch: int
     accumulation: int
-    checkpointing: dict[str, Any] | None
+    checkpointing: bool
     quantization: Quantization | None
     max_length: int | None = None
 
@@ -190,19 +193,18 @@ class TrainingForecast:
         self.arguments, self.train, self.pad_id, self.on_event = arguments, train, pad_id, on_event
         self.resident = resident_memory()
         self._estimators: dict[tuple[Any, ...], StepEstimator] = {}
-        self._clock: OperatorClock | None = None
+        self._largest: dict[_Variant, tuple[StepEstimate, dict[str, int]]] = {}
+        self._clock: OperatorClock
         flag = getattr(arguments, "activation_checkpointing", getattr(arguments, "gradient_checkpointing", False))
-        name = "activation" if hasattr(arguments, "activation_checkpointing") else "gradient"
-        kwargs = getattr(arguments, f"{name}_checkpointing_kwargs", None) or {"use_reentrant": False}
         self.asked_for = _Variant(
             arguments.per_device_train_batch_size,
             arguments.gradient_accumulation_steps,
-            dict(kwargs) if flag else None,
+            bool(flag),
             load.quantization,
         )
 
     def plan(self, batches: int, budget: float) -> Plan:
-        """The run as it was asked for; `batches` of it are timed, with at most `budget` seconds of timing operators."""
+        """The run as it was asked for; `batches` of it are timed (0: as `_time` says), with at most `budget` seconds of timing operators."""
         from phinetune.training.estimate_time import OperatorClock
 
         self._clock = OperatorClock(budget)
@@ -223,7 +225,6 @@ class TrainingForecast:
     def _candidates(self) -> Iterator[tuple[str, dict[str, Any], _Variant]]:
         asked, key = self.asked_for, "training_config."
         sizes = [b for b in (1 << i for i in reversed(range(10))) if b < asked.batch]
-        checkpointing = {"use_reentrant": False}
 
         def smaller(b: int) -> dict[str, Any]:
             steps = asked.accumulation * -(-asked.batch // b)
@@ -238,34 +239,26 @@ class TrainingForecast:
 
         for b in sizes:
             yield variant(smaller(b))
-        if asked.checkpointing is None:
+        if not asked.checkpointing:
             ckpt = {f"{key}gradient_checkpointing": True}
             for b in (asked.batch, *sizes):
                 more = smaller(b) if b < asked.batch else {}
-                yield variant({**ckpt, **more}, checkpointing=checkpointing)
-        least = {**({} if asked.checkpointing else {f"{key}gradient_checkpointing": True}), **(smaller(1) if sizes else {})}
+                yield variant({**ckpt, **more}, checkpointing=True)
+        least = {
+            **({} if asked.checkpointing else {f"{key}gradient_checkpointing": True}),
+            **(smaller(1) if sizes else {}),
+        }
         for length in _shorter(self.train.lengths):
             settings = {**least, "data.max_length": length}
-            yield variant(settings, checkpointing=asked.checkpointing or checkpointing, max_length=length)
+            yield variant(settings, checkpointing=True, max_length=length)
         if asked.quantization is None and self.load.device.type == "cpu":
             quantized = {"model_kwargs.load_in_4bit": True}
             yield variant(quantized, quantization=Quantization())
-            yield variant({**quantized, **least}, quantization=Quantization(), checkpointing=checkpointing)
+            yield variant({**quantized, **least}, quantization=Quantization(), checkpointing=True)
 
     def _plan(self, variant: _Variant, batches: int) -> Plan:
-        from phinetune.training.estimate_run import estimate_time, largest_batch, typical_batches
-
-        assert self._clock is not None
-        memory, estimator, layout = self._memory(variant), self._estimator(variant), self._collator(variant)
-        timed = typical_batches(
-            self.train, variant.batch, layout, batches, self.arguments.seed, variant.max_length
-        )
-        time = estimate_time(estimator, timed, variant.accumulation, self._clock)
-        rows = largest_batch(self.train, variant.batch, variant.max_length)
-        tokens = layout(rows)
-        available = available_memory()
-        process, stored = memory["process"], self._stored_bytes()
-        numbers = self._parameters()
+        memory, available = self._memory(variant), available_memory()
+        process, stored, time = memory["process"], self._stored_bytes(), self._time(variant, batches)
         return Plan(
             memory=memory,
             peak=sum(memory.values()),
@@ -276,26 +269,51 @@ class TrainingForecast:
             flops_per_step=time.flops_per_step,
             tokens_per_step=time.tokens_per_step,
             merge_peak=max(_MERGE, process + int(1.3 * stored)),
-            export_peak=process + 4 * numbers + stored,
+            export_peak=process + 4 * self._parameters() + stored,
             batch={
                 "per_device_train_batch_size": variant.batch,
                 "gradient_accumulation_steps": variant.accumulation,
-                "rows": len(rows),
-                "tokens": tokens["input_ids"].numel(),
-                "learned": int((tokens["labels"] != -100).sum()),
+                **self._largest_step(variant)[1],
             },
         )
 
-    def _memory(self, variant: _Variant) -> dict[str, int]:
-        """Part -> bytes of the step with the largest batch."""
+    def _time(self, variant: _Variant, batches: int) -> RunTime:
+        """Of `batches` typical batches; of the largest one, scaled by the tokens of typical ones, where `batches` is 0."""
+        from phinetune.training.estimate_run import run_time, typical_batches
+
+        estimator, limit = self._estimator(variant), variant.max_length
+        typical = typical_batches(
+            self.train, variant.batch, self._collator(variant), batches or 1, self.arguments.seed, limit
+        )
+        if batches:
+            return run_time(estimator, [(estimator(b), b) for b in typical], variant.accumulation, self._clock)
+        step, sizes = self._largest_step(variant)
+        share = min(1.0, typical[0]["input_ids"].numel() / sizes["tokens"])
+        time = run_time(estimator, [(step, typical[0])], variant.accumulation, self._clock)
+        return replace(time, step_seconds=share * time.step_seconds, flops_per_step=int(share * time.flops_per_step))
+
+    def _largest_step(self, variant: _Variant) -> tuple[StepEstimate, dict[str, int]]:
+        """The estimate of the largest batch, and the batch's sizes."""
         from phinetune.training.estimate_run import largest_batch
 
-        batch = self._collator(variant)(largest_batch(self.train, variant.batch, variant.max_length))
-        step = self._estimator(variant)(batch)
+        if variant not in self._largest:
+            rows = largest_batch(self.train, variant.batch, variant.max_length)
+            batch = self._collator(variant)(rows)
+            sizes = {
+                "rows": len(rows),
+                "tokens": batch["input_ids"].numel(),
+                "learned": int((batch["labels"] != MASKED).sum()),
+            }
+            self._largest[variant] = self._estimator(variant)(batch), sizes
+        return self._largest[variant]
+
+    def _memory(self, variant: _Variant) -> dict[str, int]:
+        """Part -> bytes of the step with the largest batch."""
+        peak = self._largest_step(variant)[0].peak
         process = max(self.resident, resident_memory()) + _FIRST_USE
-        parts = {"process": process, **{k: v for k, v in sorted(step.peak.parts.items()) if v}}
-        if variant.quantization is not None:  # what is not in 4 bits still lies in the file's pages, which keeps all of them
-            parts["files"] = max(0, self._stored_bytes() - self._kept(step.peak.parts["weights"]))
+        parts = {"process": process, **{k: v for k, v in sorted(peak.parts.items()) if v}}
+        if variant.quantization is not None:  # what is not in 4 bits lies in the file's pages, which keeps all of them
+            parts["files"] = max(0, self._stored_bytes() - self._kept(variant))
         return {**parts, "allocator": int(_SLACK * sum(parts.values()))}
 
     def _loading(self, variant: _Variant) -> int:
@@ -309,23 +327,21 @@ class TrainingForecast:
         weights = self._parameters() * torch.empty((), dtype=self.load.dtype).element_size()
         return process + (weights if same else weights + stored)
 
-    def _kept(self, weights: int) -> int:
-        """Bytes of `weights`, those of a 4-bit model, that are pages of the file: embeddings and norms."""
-        numbers = self._parameters()
-        width = 2 if "16" in str(self._stored_dtype()) else 4
-        packed = 0.53  # bytes a number in 4 bits, scales included
-        return int(max(0.0, width * (weights - packed * numbers) / (width - packed)))
+    def _kept(self, variant: _Variant) -> int:
+        """Bytes of a 4-bit model that are pages of the file: what stayed in the dtype that the file has."""
+        same = self._stored_dtype() == self.load.dtype
+        return self._estimator(variant).unquantized if same else 0
 
     def _estimator(self, variant: _Variant) -> StepEstimator:
         from phinetune.training.estimate import StepEstimator, StepSettings
 
-        key = (variant.checkpointing is not None, variant.quantization, variant.accumulation > 1)
+        key = (variant.checkpointing, variant.quantization, variant.accumulation > 1)
         if key not in self._estimators:
             optimizer = str(getattr(self.arguments.optim, "value", self.arguments.optim))
             self._estimators[key] = StepEstimator(
                 StepSettings(
                     self.config, replace(self.load, quantization=variant.quantization), self.asked.lora,
-                    variant.checkpointing, optimizer, variant.accumulation > 1,
+                    {"use_reentrant": False} if variant.checkpointing else None, optimizer, variant.accumulation > 1,
                     self.arguments.label_smoothing_factor,
                 )
             )  # fmt: skip
@@ -340,14 +356,15 @@ class TrainingForecast:
         return Collator(self.pad_id, self.config.get_text_config().hidden_size, layout)
 
     def _steps(self, variant: _Variant) -> int:
-        import math
-
         a = self.arguments
         if a.max_steps > 0:
             return int(a.max_steps)
-        return math.ceil(math.ceil(len(self.train) / (variant.batch * variant.accumulation)) * a.num_train_epochs)
+        return math.ceil(
+            math.ceil(len(self.train) / (variant.batch * variant.accumulation)) * float(a.num_train_epochs)
+        )
 
     def _parameters(self) -> int:
+        """Numbers in the base model's weights."""
         return self._estimator(replace(self.asked_for, quantization=self.load.quantization)).numbers
 
     def _stored_dtype(self) -> Any:
