@@ -139,9 +139,20 @@ output_dir: adapter
 ```
 
 `training_config` takes the names of `transformers.TrainingArguments`, also those of earlier years (`evaluation_strategy`,
-`warmup_ratio`, `no_cuda`, ...), and two whose values are phinetune's (see [concepts](concepts.md)): `layout`, which is `auto`, `padded` or
-`tree`, and `train_sampling_strategy`, which is `auto`, `random`, `sequential`, `group_by_length` or `group_by_prefix`. Batch size,
-number of epochs, learning rate, warm-up, logging and checkpoint intervals are derived from the run where they are not given, and printed.
+`warmup_ratio`, `no_cuda`, ...), and a few of phinetune's own (see [concepts](concepts.md)):
+
+| key | values |
+| --- | --- |
+| `layout` | `auto`, `padded`, `tree` |
+| `train_sampling_strategy` | `auto`, `random`, `sequential`, `group_by_length`, `group_by_prefix` |
+| `checkpoint_layers` | how many layers compute their activations again instead of keeping them, or `all` |
+| `fast_paths` | `false`, or switches: `attention`, `norm`, `linear`, `grouped`, `last_rows`, `chunked_loss`, `compiled` |
+| `reference` | `true`: no fast path at all, padded batches |
+| `keep_freed_memory` | `false` gives freed blocks back to the system at once |
+| `skip_memory_check` | `true` trains even if the plan says that memory is not enough |
+
+Batch size, number of epochs, learning rate, warm-up, logging and checkpoint intervals are derived from the run where they are not given,
+and printed.
 `model_kwargs` takes the names of `from_pretrained`: `torch_dtype`, `attn_implementation`, `device_map`, `trust_remote_code`,
 `revision`, `token`, and fields of the model's config.
 """

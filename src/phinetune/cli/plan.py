@@ -9,7 +9,7 @@ import typer
 from phinetune.cli.flags import Completion, ConfigFile, Data, Model, Output, Overwrite, Prompt, Quiet, Set
 
 if TYPE_CHECKING:
-    from phinetune.workflow.forecast_training import Plan
+    from phinetune.workflow.training_plan import Plan
 
 TestFraction = Annotated[
     float | None,
