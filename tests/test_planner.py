@@ -86,7 +86,7 @@ def test_figures_are_linear_in_depth(
     kind: str, checkpointing: dict[str, Any] | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = read_model_config(request.getfixturevalue(kind))
-    config.num_hidden_layers, config.layer_types = 7, ["full_attention"] * 7
+    config.num_hidden_layers, config.layer_types = 5, ["full_attention"] * 5
     settings = StepSettings(config, LoadPlan(torch.bfloat16, CPU, "eager"), LoraConfig(r=4), checkpointing)
     extended = StepEstimator(settings)
     monkeypatch.setattr(estimate, "_layers_are_alike", lambda *_: False)
@@ -229,7 +229,8 @@ def test_what_is_suggested_fits(llama_folder: Path, long_data: dict[str, Any], s
     steady(roomy.needed - 500_000_000 - roomy.memory["activations"] // 2)
     found = phinetune.plan(str(llama_folder), long_data, PADDED)
     assert not found.fits and found.suggestions
-    for suggestion in found.suggestions:
+    assert found.suggestions[0].settings.keys() >= {"training_config.per_device_train_batch_size"}
+    for suggestion in (found.suggestions[0], found.suggestions[-1]):
         arguments: dict[str, Any] = {"data": dict(long_data), "training_config": dict(PADDED), "model_kwargs": {}}
         for key, value in suggestion.settings.items():
             group, _, name = key.partition(".")

@@ -131,7 +131,10 @@ def trace_step(
 ) -> StepTrace:
     """Forward and backward of `model`, with numbers or without, under a `StepTrace`. Its gradients are gone afterwards."""
     if checkpointing is not None:
-        model.gradient_checkpointing_enable(checkpointing)
+        enable = getattr(
+            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+        )  # its name by version
+        enable(checkpointing)
     trained, handles = _trained(model), []
     if accumulates:
         for parameter in trained:

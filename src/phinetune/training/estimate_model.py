@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from phinetune.lora.config import LoraConfig
 from phinetune.lora.injection import inject
 from phinetune.model.load import LoadPlan, quiet_transformers
-from phinetune.model.quantized import BLOCK, Quantization
+from phinetune.model.quantized import BLOCK, Quantization, quiet_bitsandbytes
 
 _SCALES_BLOCK = 256
 """Scales that share one scale with double quantization: bitsandbytes' size."""
@@ -45,7 +45,8 @@ def build_on_meta(config: Any, plan: LoadPlan, lora: LoraConfig, layers: int | N
         )
         model.tie_weights()
     if plan.quantization is not None:
-        _quantize(model, plan.quantization, plan.dtype)
+        with quiet_bitsandbytes():
+            _quantize(model, plan.quantization, plan.dtype)
     start = (
         True if lora.init_lora_weights == "loftq" else lora.init_lora_weights
     )  # the same shapes, and no weights to look at

@@ -58,12 +58,10 @@ def typical_batches(
     """`count` random batches, evenly spread over the sizes of what is drawn."""
     draw, lengths = random.Random(seed), train.lengths
     kept = [i for i, n in enumerate(lengths) if max_length is None or n <= max_length] or [0]
-    drawn: list[list[int]] = []
-    while len(drawn) < min(_DRAWN, max(count, len(kept) // batch_size)):
-        drawn.append(draw.sample(kept, min(batch_size, len(kept))))
-    batches = sorted((collate([_row(train[i]) for i in d]) for d in drawn), key=lambda b: b["input_ids"].numel())
-    count = min(count, len(batches))
-    return [batches[(2 * i + 1) * len(batches) // (2 * count)] for i in range(count)]
+    drawn = [draw.sample(kept, min(batch_size, len(kept))) for _ in range(max(count, min(_DRAWN, len(kept))))]
+    drawn.sort(key=lambda chosen: sum(lengths[i] for i in chosen))
+    middles = [(2 * i + 1) * len(drawn) // (2 * count) for i in range(count)]
+    return [collate([_row(train[i]) for i in drawn[middle]]) for middle in middles]
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:

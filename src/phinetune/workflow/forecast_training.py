@@ -149,6 +149,8 @@ class TrainingForecast:
             if change.kind in done:
                 continue
             variant = change.variant
+            if found.available is not None and self._least(variant) > found.available:
+                continue
             needed = max(sum(self._memory(variant).values()), self._loading(variant))
             if found.available is None or needed <= found.available:
                 done.add(change.kind)
@@ -217,6 +219,12 @@ class TrainingForecast:
             parts["files"] = max(0, self._stored_bytes() - self._kept(variant))
         moving = sum(parts.get(k, 0) for k in ("activations", "logits", "temporaries", "gradients"))
         return {**parts, "allocator": int((_SLACK_CHECKPOINTING if variant.checkpointing else _SLACK) * moving)}
+
+    def _least(self, variant: Variant) -> int:
+        """Bytes without any batch: no batch size helps where these do not fit."""
+        estimator = self._estimator(variant)
+        kept = estimator.weights + estimator.adapters + estimator.optimizer
+        return max(self._process_bytes() + kept, self._loading(variant))
 
     def _process_bytes(self) -> int:
         """What this process has, with all that training imports, before it loads and times anything."""
