@@ -126,7 +126,7 @@ def predict(case: dict[str, Any], work: Path, steps: int) -> dict[str, Any]:
     import phinetune
 
     found = phinetune.plan(**arguments(case, work, steps))
-    return {"bytes": found.needed, "seconds": found.step_seconds, "parts": found.memory, "batch": found.batch}
+    return {"bytes": found.resident_peak, "seconds": found.step_seconds, "parts": found.memory, "batch": found.batch}
 
 
 def measure(case: dict[str, Any], work: Path, steps: int) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def tables(found: Plan) -> list[Any]:
     facts = [
         ("largest batch", f"{batch['rows']} examples, {batch['tokens']} tokens, {batch['learned']} learned"),
         ("memory while loading", size_text(found.loading_peak)),
+        ("memory that it needs", size_text(found.needed)),
         ("memory that can be had", of),
         ("step", f"{found.step_seconds:.3g} s, {found.flops_per_step / 1e9:.0f} GFLOP, {found.tokens_per_step / max(found.step_seconds, 1e-9):.0f} tokens/s"),
         ("steps", f"{found.steps}"),
@@ -91,7 +92,7 @@ def tables(found: Plan) -> list[Any]:
     ]  # fmt: skip
     made = [table(("memory", "", "share"), memory), table(("what", "about"), facts)]
     if found.suggestions:
-        rows = [(s.text, size_text(s.peak), time_text(s.seconds)) for s in found.suggestions]
+        rows = [(s.text, size_text(s.needed), time_text(s.seconds)) for s in found.suggestions]
         made.append(table(("what makes it fit", "memory", "training"), rows))
     return made
 

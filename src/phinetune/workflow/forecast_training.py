@@ -25,7 +25,7 @@ from phinetune.model.folder import resolve_description, weight_files
 from phinetune.model.load import LoadPlan, load_base_contract, plan_load, read_model_config
 from phinetune.training.config import fit_to_machine, training_arguments
 from phinetune.workflow.finetune import TrainingRequest, check_start, read_examples, read_request
-from phinetune.workflow.training_plan import Plan, Suggestion, Variant, changes, describe, gigabytes
+from phinetune.workflow.training_plan import Plan, Suggestion, Variant, changes, describe, gigabytes, needed_bytes
 
 if TYPE_CHECKING:
     from phinetune.data.examples import Examples
@@ -102,7 +102,7 @@ def check_memory(forecast: TrainingForecast, skip: bool, on_event: OnEvent) -> P
         on_event(Note(f"{what}; going on, as training_config.skip_memory_check says", warning=True))
         return found
     cheapest = next(iter(forecast.suggestions(found)), None)
-    hint = f"{cheapest.text} ({gigabytes(cheapest.peak)}); or " if cheapest else ""
+    hint = f"{cheapest.text} ({gigabytes(cheapest.needed)}); or " if cheapest else ""
     raise InfeasibleError(what, f"{hint}set training_config.skip_memory_check=true to try all the same")
 
 
@@ -151,7 +151,7 @@ class TrainingForecast:
             variant = change.variant
             if found.available is not None and self._least(variant) > found.available:
                 continue
-            needed = max(sum(self._memory(variant).values()), self._loading(variant))
+            needed = needed_bytes(self._memory(variant))
             if found.available is None or needed <= found.available:
                 done.add(change.kind)
                 seconds = self._plan(variant, 0).total_seconds
@@ -163,6 +163,9 @@ class TrainingForecast:
     def _plan(self, variant: Variant, batches: int) -> Plan:
         memory, available = self._memory(variant), available_memory()
         process, stored, time = memory["process"], self._stored_bytes(), self._time(variant, batches)
+        compared = max(
+            _MERGE, process + int(1.3 * stored)
+        )  # base and adapter, then the merged model: what merge asks for
         return Plan(
             memory=memory,
             peak=sum(memory.values()),
@@ -172,7 +175,7 @@ class TrainingForecast:
             steps=self._steps(variant),
             flops_per_step=time.flops_per_step,
             tokens_per_step=time.tokens_per_step,
-            merge_peak=max(_MERGE, process + int(1.3 * stored)),
+            merge_peak=compared if available is None or compared < available else _MERGE,
             export_peak=process + 4 * self._parameters() + stored,
             batch={
                 "per_device_train_batch_size": variant.batch,
@@ -224,7 +227,7 @@ class TrainingForecast:
         """Bytes without any batch: no batch size helps where these do not fit."""
         estimator = self._estimator(variant)
         kept = estimator.weights + estimator.adapters + estimator.optimizer
-        return max(self._process_bytes() + kept, self._loading(variant))
+        return self._process_bytes() + kept
 
     def _process_bytes(self) -> int:
         """What this process has, with all that training imports, before it loads and times anything."""

@@ -10,6 +10,11 @@ from typing import Any
 from phinetune.model.quantized import Quantization
 
 
+def needed_bytes(memory: dict[str, int]) -> int:
+    """Of a plan's parts, those that must be in memory at once."""
+    return sum(size for part, size in memory.items() if part != "files")
+
+
 @dataclass(frozen=True)
 class Suggestion:
     """A change that makes the run fit, and what the run then takes."""
@@ -17,7 +22,7 @@ class Suggestion:
     text: str
     settings: dict[str, Any]
     """The change as keys of `finetune`, such as training_config.per_device_train_batch_size."""
-    peak: int
+    needed: int
     seconds: float
     rows_touched: int = 0
     """Rows longer than a suggested max_length: they are cut or left out."""
@@ -31,7 +36,7 @@ class Plan:
     """Part -> bytes; their sum is `peak`."""
     peak: int
     loading_peak: int
-    """Most bytes while the model is read."""
+    """Most bytes while the model is read, the files' pages included."""
     available: int | None
     """Bytes that the process can have in all; None where the system does not say."""
     step_seconds: float
@@ -39,7 +44,7 @@ class Plan:
     flops_per_step: int
     tokens_per_step: float
     merge_peak: int
-    """Of merging the adapter afterwards."""
+    """Of merging the adapter afterwards, with the comparison on the probes where memory allows it."""
     export_peak: int
     """Of an ONNX export afterwards: a rough figure."""
     batch: dict[str, int]
@@ -52,9 +57,14 @@ class Plan:
         return self.step_seconds * self.steps
 
     @property
-    def needed(self) -> int:
-        """The most bytes at any time, loading included."""
+    def resident_peak(self) -> int:
+        """The most bytes that the system will count as the process's, loading included."""
         return max(self.peak, self.loading_peak)
+
+    @property
+    def needed(self) -> int:
+        """The bytes without which the run fails: unchanged pages of the weights' files can be dropped and read again."""
+        return needed_bytes(self.memory)
 
     @property
     def fits(self) -> bool:
