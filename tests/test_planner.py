@@ -18,17 +18,19 @@ from phinetune.data.batches import padded_batch, tree_batch
 from phinetune.errors import AdapterError, ConfigError, InfeasibleError, ModelError
 from phinetune.events import Event, Note
 from phinetune.lora.config import LoraConfig
+from phinetune.lora.group import choose_arithmetic
 from phinetune.lora.injection import inject
 from phinetune.model import compute
+from phinetune.model.fast import FastPaths, speed_up
 from phinetune.model.load import LoadPlan, load_model, read_model_config
 from phinetune.model.quantized import Quantization
 from phinetune.training import estimate, estimate_time
+from phinetune.training.checkpointing import LayerCount, checkpoint_layers
 from phinetune.training.estimate import StepEstimator, StepSettings, optimizer_bytes, trace_step
 from phinetune.workflow import forecast_training
 from tiny import PROMPT, tone_rows, write_rows
 
 CPU = torch.device("cpu")
-CHECKPOINTING = {"use_reentrant": False}
 NEEDS_4_BITS = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 
 
@@ -39,21 +41,23 @@ def rows(count: int, length: int, shared: int = 6) -> list[dict[str, Any]]:
 
 
 def real_model(folder: Path, plan: LoadPlan, lora: LoraConfig) -> Any:
-    model = load_model(folder, plan)
+    model = speed_up(load_model(folder, plan), FastPaths())
     inject(model, lora)
+    choose_arithmetic(model, FastPaths())
     return model.train()
 
 
 @pytest.mark.parametrize(("dtype", "attention"), [(torch.bfloat16, "eager"), (torch.float32, "sdpa")], ids=str)
-@pytest.mark.parametrize("checkpointing", [None, CHECKPOINTING], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("count", [0, "all"], ids=["kept", "recomputed"])
 def test_the_step_without_numbers_is_the_real_step(
-    model_folder: Path, dtype: torch.dtype, checkpointing: dict[str, Any] | None, attention: str
+    model_folder: Path, dtype: torch.dtype, count: LayerCount, attention: str
 ) -> None:
     plan, lora = LoadPlan(dtype, CPU, attention), LoraConfig(r=4)
-    settings = StepSettings(read_model_config(model_folder), plan, lora, checkpointing)
+    settings = StepSettings(read_model_config(model_folder), plan, lora, count)
     estimator, model = StepEstimator(settings), real_model(model_folder, plan, lora)
     for batch in (padded_batch(rows(3, 40), 0), tree_batch(rows(3, 30))):
-        expected = trace_step(model, batch, checkpointing)
+        checkpoint_layers(model, count)
+        expected = trace_step(model, batch)
         found = estimator(batch)
         peak = max(p.total for p in expected.peaks.values())
         assert found.peak.total - estimator.optimizer == pytest.approx(peak, rel=0.002)
@@ -79,14 +83,14 @@ def test_4_bits_are_counted_as_they_are_held(llama_folder: Path, double: bool) -
     assert found.flops == sum(c.flops * n for c, n in expected.calls.items())
 
 
-@pytest.mark.parametrize("checkpointing", [None, CHECKPOINTING], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("count", [0, "all"], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("kind", ["llama_folder", "phi3_folder"])
 def test_figures_are_linear_in_depth(
-    kind: str, checkpointing: dict[str, Any] | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    kind: str, count: LayerCount, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = read_model_config(request.getfixturevalue(kind))
     config.num_hidden_layers, config.layer_types = 5, ["full_attention"] * 5
-    settings = StepSettings(config, LoadPlan(torch.bfloat16, CPU, "eager"), LoraConfig(r=4), checkpointing)
+    settings = StepSettings(config, LoadPlan(torch.bfloat16, CPU, "eager"), LoraConfig(r=4), count)
     extended = StepEstimator(settings)
     monkeypatch.setattr(estimate, "_layers_are_alike", lambda *_: False)
     whole = StepEstimator(settings)

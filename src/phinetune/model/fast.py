@@ -68,9 +68,16 @@ def read_fast_paths(value: Any, where: str) -> FastPaths:
 def speed_up(model: Any, paths: FastPaths, on_event: OnEvent = log_event) -> Any:
     """Put attention and normalization by `paths` into `model`, the plain base in evaluation or training mode, and return it.
 
-    Only on a CPU; elsewhere torch's own kernels are the fast ones.
+    Only on a CPU; elsewhere torch's own kernels are the fast ones. A model on torch's meta device, which stands for one on the CPU, gets
+    what it can have without being tried.
     """
-    if model.device.type != "cpu" or not (paths.attention or paths.norm):
+    if model.device.type not in ("cpu", "meta") or not (paths.attention or paths.norm):
+        return model
+    if model.device.type == "meta":
+        if paths.attention and _takes_our_attention(model):
+            _set_attention(model, ATTENTION)
+        if paths.norm and not paths.compiled:
+            _exchange_norms(model)
         return model
     before = _answer(model)
     if before is None:

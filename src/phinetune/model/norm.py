@@ -92,10 +92,17 @@ def stand_in(module: nn.Module) -> RMSNorm | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or eps is None or not isinstance(weight, nn.Parameter):
         return None
-    if weight.dim() != 1 or weight.is_meta or module._forward_hooks or module._forward_pre_hooks:
+    if weight.dim() != 1 or module._forward_hooks or module._forward_pre_hooks:
         return None
     if sum(p.numel() for p in module.parameters()) != weight.numel():
         return None
+    if weight.is_meta:  # without numbers: one of its kind is tried
+        try:
+            with torch.device("cpu"):
+                small: Any = type(module)(8, eps=float(eps))
+        except TypeError:
+            return None
+        return None if stand_in(small) is None else RMSNorm(weight, float(eps))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, len(weight), generator=generator).to(weight)
     fast = RMSNorm(weight, float(eps))

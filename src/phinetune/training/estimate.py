@@ -3,8 +3,8 @@
     config.json -> model on fake tensors -> inject -> supervised_loss -> backward        `StepTrace` follows it all
 
 It is the real step: the model's own forward, our loss and our autograd functions, so whatever is changed in those is in the estimate at
-once. Decoder layers are alike, so the step is run with one and with two of them, and every figure, linear in their number, is extended
-to the whole model. Where layers differ (in their parameters, their kinds, or their adapters) the whole model is run instead.
+once. Decoder layers are alike, so the step is run with two and with three of them (the last one is special: it computes fewer rows and is never
+checkpointed), and every figure, linear in their number, is extended to the whole model. Where layers differ (in their parameters, their kinds, or their adapters) the whole model is run instead.
 
     memory = weights + adapters + optimizer state + the most that is alive of activations, logits, gradients and temporaries
 
@@ -22,10 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from phinetune.lora.config import LoraConfig
+from phinetune.model.fast import FastPaths
 from phinetune.model.load import LoadPlan
+from phinetune.training.checkpointing import LayerCount, checkpoint_layers
 from phinetune.training.estimate_model import build_on_meta, quantization_tensors, without_numbers
 from phinetune.training.estimate_trace import Call, Peak, StepTrace
 from phinetune.training.loss import supervised_loss
+from phinetune.training.rows import last_mlp
 
 # Bytes of optimizer state for each byte of a trained parameter, by how the optimizer's name begins; the longest beginning counts.
 _STATE = {
@@ -49,12 +52,14 @@ class StepSettings:
     """The base model's transformers config."""
     load: LoadPlan
     lora: LoraConfig
-    checkpointing: dict[str, Any] | None = None
-    """Keywords for torch's checkpoint where activations are recomputed in the backward pass; None where they are kept."""
+    checkpoint_layers: LayerCount = 0
+    """Layers whose activations are computed again in the backward pass."""
+    checkpoint_options: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "adamw_torch_fused"
     accumulates: bool = False
     """Several batches a step: the gradients of those before are there already."""
     label_smoothing: float = 0.0
+    fast_paths: FastPaths = field(default_factory=FastPaths)
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,9 @@ class StepEstimator:
 
     def __init__(self, settings: StepSettings) -> None:
         self.settings = settings
-        whole = build_on_meta(settings.config, settings.load, settings.lora)
+        whole = build_on_meta(settings.config, settings.load, settings.lora, settings.fast_paths)
         depth = settings.config.get_text_config().num_hidden_layers
-        self._scale: tuple[int, int] | None = (1, 2) if depth > 2 and _layers_are_alike(whole, settings) else None
+        self._alike = depth > 3 and _layers_are_alike(whole, settings)
         self._depth = depth
         self.weights = _bytes([*_frozen(whole), *whole.buffers(), *quantization_tensors(whole)])
         self.adapters = _bytes(_trained(whole))
@@ -90,51 +95,54 @@ class StepEstimator:
         """Bytes of the base's parameters that are not in 4 bits."""
         self.model = whole
         self._models: dict[int, nn.Module] = {}
-        if self._scale is None:
+        if not self._alike:
             self._models[depth] = without_numbers(whole)
 
     def __call__(self, batch: dict[str, Tensor]) -> StepEstimate:
         """The estimate for `batch`, which is what the collator makes."""
-        if self._scale is None:
-            trace = self._trace(self._depth, batch)
+        count = self.settings.checkpoint_layers
+        if not self._alike:
+            trace = self._trace(self._depth, batch, count)
             peaks, calls = trace.peaks, trace.calls
-        else:
-            one, two = (self._trace(layers, batch) for layers in self._scale)
-            peaks = {phase: _extended(one.peaks[phase], two.peaks[phase], self._depth) for phase in one.peaks}
+        elif count in (0, "all"):
+            peaks, calls = self._extended(batch, count)
+        else:  # between none and all, figures lie on a line, or below it
+            share = min(1.0, cast(int, count) / (self._depth - 1))
+            ends = self._extended(batch, 0), self._extended(batch, "all")
+            peaks = {phase: _between(ends[0][0][phase], ends[1][0][phase], share) for phase in ends[0][0]}
             calls = Counter(
-                {
-                    call: count
-                    for call in one.calls | two.calls
-                    if (count := one.calls[call] + (self._depth - 1) * (two.calls[call] - one.calls[call])) > 0
-                }
+                {c: round((1 - share) * ends[0][1][c] + share * ends[1][1][c]) for c in ends[0][1] | ends[1][1]}
             )
         peak = max(peaks.values(), key=lambda p: p.total)
         parts = {**peak.parts, "optimizer": self.optimizer}
         return StepEstimate(Peak(peak.total + self.optimizer, parts), calls, self.adapters)
 
-    def _trace(self, layers: int, batch: dict[str, Tensor]) -> StepTrace:
-        if layers not in self._models:
-            built = build_on_meta(self.settings.config, self.settings.load, self.settings.lora, layers)
-            self._models[layers] = without_numbers(built)
+    def _extended(self, batch: dict[str, Tensor], count: LayerCount) -> tuple[dict[str, Peak], Counter[Call]]:
+        """Peaks by phase and operators of the whole model with no layer checkpointed, or all, from few of its layers."""
+        one, two = self._trace(2, batch, count), self._trace(3, batch, count)
+        more = self._depth - 2
+        peaks = {phase: _between(one.peaks[phase], two.peaks[phase], more) for phase in one.peaks}
+        calls = {call: one.calls[call] + more * (two.calls[call] - one.calls[call]) for call in one.calls | two.calls}
+        return peaks, Counter({call: times for call, times in calls.items() if times > 0})
+
+    def _trace(self, layers: int, batch: dict[str, Tensor], count: LayerCount) -> StepTrace:
         settings = self.settings
-        return trace_step(
-            self._models[layers], batch, settings.checkpointing, settings.accumulates, settings.label_smoothing
-        )
+        if layers not in self._models:
+            built = build_on_meta(settings.config, settings.load, settings.lora, settings.fast_paths, layers)
+            self._models[layers] = without_numbers(built)
+        model = self._models[layers]
+        checkpoint_layers(model, count, settings.checkpoint_options, lambda event: None)
+        return trace_step(model, batch, settings.accumulates, settings.label_smoothing, settings.fast_paths)
 
 
 def trace_step(
     model: Any,
     batch: dict[str, Tensor],
-    checkpointing: dict[str, Any] | None = None,
     accumulates: bool = False,
     label_smoothing: float = 0.0,
+    fast_paths: FastPaths = FastPaths(),  # noqa: B008  immutable
 ) -> StepTrace:
     """Forward and backward of `model`, with numbers or without, under a `StepTrace`. Its gradients are gone afterwards."""
-    if checkpointing is not None:
-        enable = getattr(
-            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-        )  # its name by version
-        enable(checkpointing)
     trained, handles = _trained(model), []
     if accumulates:
         for parameter in trained:
@@ -148,9 +156,9 @@ def trace_step(
         handles.append(hook(lambda p: trace.hold([p.grad], "gradients")))
     try:
         with trace:
-            loss = supervised_loss(
-                model, model.get_output_embeddings(), batch, model.dtype, label_smoothing=label_smoothing
-            )
+            last = last_mlp(model) if fast_paths.last_rows else None
+            head, chunked = model.get_output_embeddings(), fast_paths.chunked_loss
+            loss = supervised_loss(model, head, batch, model.dtype, None, label_smoothing, chunked, last)
             trace.phase = "backward"
             torch.autograd.backward(loss)
     finally:
@@ -172,15 +180,15 @@ def optimizer_bytes(name: str, parameters: list[Tensor]) -> int:
     return int(factor * total)
 
 
-def _extended(one: Peak, two: Peak, depth: int) -> Peak:
-    """The peak at `depth` layers from those at one layer and at two."""
+def _between(one: Peak, other: Peak, share: float) -> Peak:
+    """The peak on the line from `one` (0) to `other` (1), and beyond."""
 
     def at(a: int, b: int) -> int:
-        return a + (depth - 1) * (b - a)
+        return round(a + share * (b - a))
 
-    names = one.parts.keys() | two.parts.keys()
-    parts = {name: at(one.parts.get(name, 0), two.parts.get(name, 0)) for name in sorted(names)}
-    return Peak(at(one.total, two.total), parts)
+    names = one.parts.keys() | other.parts.keys()
+    parts = {name: at(one.parts.get(name, 0), other.parts.get(name, 0)) for name in sorted(names)}
+    return Peak(at(one.total, other.total), parts)
 
 
 def _layers_are_alike(model: nn.Module, settings: StepSettings) -> bool:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from phinetune.lora.config import LoraConfig
+from phinetune.lora.group import choose_arithmetic
 from phinetune.lora.injection import inject
+from phinetune.model.fast import FastPaths, speed_up
 from phinetune.model.load import LoadPlan, quiet_transformers
 from phinetune.model.quantized import BLOCK, Quantization, quiet_bitsandbytes
 
@@ -23,7 +25,9 @@ _SCALES_BLOCK = 256
 """Scales that share one scale with double quantization: bitsandbytes' size."""
 
 
-def build_on_meta(config: Any, plan: LoadPlan, lora: LoraConfig, layers: int | None = None) -> nn.Module:
+def build_on_meta(
+    config: Any, plan: LoadPlan, lora: LoraConfig, fast_paths: FastPaths, layers: int | None = None
+) -> nn.Module:
     """The model of `config` with `lora` put in, on the meta device, in train mode; `layers` replaces the number of decoder layers.
 
     Raises what `inject` raises: targets that match nothing, ranks that do not fit.
@@ -47,10 +51,12 @@ def build_on_meta(config: Any, plan: LoadPlan, lora: LoraConfig, layers: int | N
     if plan.quantization is not None:
         with quiet_bitsandbytes():
             _quantize(model, plan.quantization, plan.dtype)
+    speed_up(model, fast_paths, lambda event: None)
     start = (
         True if lora.init_lora_weights == "loftq" else lora.init_lora_weights
     )  # the same shapes, and no weights to look at
     inject(model, replace(lora, init_lora_weights=start, loftq_config={}), on_event=lambda event: None)
+    choose_arithmetic(model, fast_paths)
     trained: nn.Module = model.train()
     return trained
 

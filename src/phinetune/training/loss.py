@@ -112,7 +112,8 @@ def _head_loss(
 ) -> Tensor:
     """The summed loss of `hidden` (N, h). A plain linear layer whose forward is `untouched` is one matrix product, any other is called."""
     # no weight in 4 bits, none that lies on several devices
-    plain = type(head) is nn.Linear and untouched and type(head.weight) in (nn.Parameter, Tensor)
+    sharded_or_quantized = hasattr(head.weight, "device_mesh") or hasattr(head.weight, "quant_state")
+    plain = type(head) is nn.Linear and untouched and not sharded_or_quantized
     if plain:
         return chunked_cross_entropy(hidden, head.weight, head.bias, targets, label_smoothing)
     return checkpointed_cross_entropy(

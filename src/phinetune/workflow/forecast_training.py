@@ -21,8 +21,10 @@ from phinetune.errors import InfeasibleError, PhinetuneError
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.lora.config import LoraConfig
 from phinetune.model.compute import available_memory, resident_memory
+from phinetune.model.fast import uses_blocks
 from phinetune.model.folder import resolve_description, weight_files
 from phinetune.model.load import LoadPlan, load_base_contract, plan_load, read_model_config
+from phinetune.training.checkpointing import check_layer_count
 from phinetune.training.config import fit_to_machine, training_arguments
 from phinetune.workflow.finetune import TrainingRequest, check_start, read_examples, read_request
 from phinetune.workflow.training_plan import Plan, Suggestion, Variant, changes, describe, gigabytes, needed_bytes
@@ -73,6 +75,7 @@ def plan(
     values = fit_to_machine(asked.training.values, load.device, on_event)
     held_out = len(test) if values.get("do_eval") is not False else 0
     config = read_model_config(base, trust)
+    check_layer_count(asked.training.checkpoint_layers, getattr(config.get_text_config(), "num_hidden_layers", None))
     width = config.get_text_config().hidden_size
     arguments = training_arguments(values, len(train), held_out, width, load.device, Path("-"), on_event)
     forecast = TrainingForecast(base, config, asked, load, arguments, train, contract.pad_token_id, on_event)
@@ -126,11 +129,10 @@ class TrainingForecast:
         self._estimators: dict[tuple[Any, ...], StepEstimator] = {}
         self._largest: dict[Variant, tuple[StepEstimate, dict[str, int]]] = {}
         self._clock: OperatorClock
-        flag = getattr(arguments, "activation_checkpointing", getattr(arguments, "gradient_checkpointing", False))
         self.asked_for = Variant(
             arguments.per_device_train_batch_size,
             arguments.gradient_accumulation_steps,
-            bool(flag),
+            asked.training.checkpoint_layers or 0,
             load.quantization,
             str(getattr(arguments.optim, "value", arguments.optim)),
         )
@@ -145,7 +147,8 @@ class TrainingForecast:
     def suggestions(self, found: Plan) -> Iterator[Suggestion]:
         """Changes that make the run fit: of each kind the mildest, first the kinds that give the same training."""
         done: set[str] = set()
-        for change in changes(self.asked_for, self.train.lengths):
+        layers = getattr(self.config.get_text_config(), "num_hidden_layers", 1)
+        for change in changes(self.asked_for, self.train.lengths, layers):
             if change.kind in done:
                 continue
             variant = change.variant
@@ -221,7 +224,7 @@ class TrainingForecast:
         if variant.quantization is not None:  # what is not in 4 bits lies in the file's pages, which keeps all of them
             parts["files"] = max(0, self._stored_bytes() - self._kept(variant))
         moving = sum(parts.get(k, 0) for k in ("activations", "logits", "temporaries", "gradients"))
-        return {**parts, "allocator": int((_SLACK_CHECKPOINTING if variant.checkpointing else _SLACK) * moving)}
+        return {**parts, "allocator": int((_SLACK_CHECKPOINTING if variant.checkpoint_layers else _SLACK) * moving)}
 
     def _least(self, variant: Variant) -> int:
         """Bytes without any batch: no batch size helps where these do not fit."""
@@ -254,13 +257,13 @@ class TrainingForecast:
     def _estimator(self, variant: Variant) -> StepEstimator:
         from phinetune.training.estimate import StepEstimator, StepSettings
 
-        key = (variant.checkpointing, variant.quantization, variant.accumulation > 1, variant.optimizer)
+        key = (variant.checkpoint_layers, variant.quantization, variant.accumulation > 1, variant.optimizer)
         if key not in self._estimators:
             self._estimators[key] = StepEstimator(
                 StepSettings(
                     self.config, replace(self.load, quantization=variant.quantization), self.asked.lora,
-                    {"use_reentrant": False} if variant.checkpointing else None, variant.optimizer, variant.accumulation > 1,
-                    self.arguments.label_smoothing_factor,
+                    variant.checkpoint_layers, self.asked.training.checkpoint_options, variant.optimizer,
+                    variant.accumulation > 1, self.arguments.label_smoothing_factor, self.asked.training.fast_paths,
                 )
             )  # fmt: skip
         return self._estimators[key]
@@ -271,7 +274,8 @@ class TrainingForecast:
         layout = self.asked.training.layout
         if layout == "auto" and padded_reason(self._estimator(variant).model, self.train.longest) is not None:
             layout = "padded"
-        return Collator(self.pad_id, self.config.get_text_config().hidden_size, layout)
+        dense = not uses_blocks(self._estimator(variant).model)
+        return Collator(self.pad_id, self.config.get_text_config().hidden_size, layout, dense)
 
     def _steps(self, variant: Variant) -> int:
         a = self.arguments

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from phinetune.model.quantized import Quantization
+from phinetune.training.checkpointing import LayerCount
 
 
 def needed_bytes(memory: dict[str, int]) -> int:
@@ -78,7 +79,7 @@ class Variant:
 
     batch: int
     accumulation: int
-    checkpointing: bool
+    checkpoint_layers: LayerCount
     quantization: Quantization | None
     optimizer: str
     max_length: int | None = None
@@ -100,8 +101,11 @@ class Change:
 _T = "training_config."
 
 
-def changes(asked: Variant, lengths: Sequence[int]) -> Iterator[Change]:
-    """What may be changed, the cheapest first: batches, recomputing, optimizer states, then what changes the training itself."""
+def changes(asked: Variant, lengths: Sequence[int], layers: int) -> Iterator[Change]:
+    """What may be changed, the cheapest first: batches, recomputing, optimizer states, then what changes the training itself.
+
+    lengths: the examples', in tokens; layers: how many decoder layers the model has.
+    """
     sizes = [b for b in (1 << i for i in reversed(range(10))) if b < asked.batch]
 
     def smaller(batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -112,14 +116,17 @@ def changes(asked: Variant, lengths: Sequence[int]) -> Iterator[Change]:
     for batch in sizes:
         settings, fields = smaller(batch)
         yield Change("batch", settings, replace(asked, **fields))
-    recompute = {} if asked.checkpointing else {f"{_T}gradient_checkpointing": True}
-    if recompute:
-        yield Change("checkpointing", recompute, replace(asked, checkpointing=True))
-        for batch in sizes:
-            settings, fields = smaller(batch)
-            yield Change("checkpointing", {**recompute, **settings}, replace(asked, checkpointing=True, **fields))
+    more: list[LayerCount] = []
+    if asked.checkpoint_layers != "all":
+        more = [n for n in sorted({layers * i // 4 for i in (1, 2, 3)}) if n > int(asked.checkpoint_layers)] + ["all"]
+    for count in more:
+        yield Change("checkpointing", {f"{_T}checkpoint_layers": count}, replace(asked, checkpoint_layers=count))
+    recompute = {f"{_T}checkpoint_layers": "all"} if more else {}
+    for batch in sizes if more else []:
+        settings, fields = smaller(batch)
+        yield Change("checkpointing", {**recompute, **settings}, replace(asked, checkpoint_layers="all", **fields))
     least, fields = smaller(1) if sizes else ({}, {})
-    least, leanest = {**recompute, **least}, replace(asked, checkpointing=True, **fields)
+    least, leanest = {**recompute, **least}, replace(asked, checkpoint_layers="all", **fields)
     if asked.optimizer.startswith("adamw_torch") and importlib.util.find_spec("bitsandbytes") is not None:
         bits: dict[str, Any] = {f"{_T}optim": "adamw_8bit"}
         yield Change("optimizer", bits, replace(asked, optimizer="adamw_8bit"))
