@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +19,35 @@ from phinetune.artifact import (
     StageFolder,
     building,
     check_output,
-    content_key,
     file_hash,
     is_finished,
     partial_folder,
     read_manifest,
 )
 from phinetune.data.batches import Collator
-from phinetune.data.examples import Examples, load_examples
-from phinetune.data.inheritance import inherit
-from phinetune.data.messages import DataConfig, parse_data_config
+from phinetune.data.examples import Examples
+from phinetune.data.messages import DataConfig
 from phinetune.data.order import WAYS, EpochOrder, OrderPlan
 from phinetune.data.sources import data_source
-from phinetune.errors import ConfigError, TrainingError
+from phinetune.errors import TrainingError
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.libraries import import_libraries
-from phinetune.lora.config import LoraConfig, parse_lora_config
+from phinetune.lora.config import LoraConfig
 from phinetune.model.contract import PromptContract
 from phinetune.model.fast import FastPaths, compile_layers, speed_up, uses_blocks
 from phinetune.model.folder import base_key, resolve_model
 from phinetune.model.load import LoadPlan, load_base_contract, load_model, plan_load, read_model_config
 from phinetune.model.memory import keep_freed_memory
 from phinetune.training.checkpointing import check_layer_count
-from phinetune.training.config import TrainingPlan, fit_to_machine, read_training_config, training_arguments
-
-_SECRET = ("token", "use_auth_token", "hub_token")
-
-
-@dataclass(frozen=True)
-class TrainingRequest:
-    """What was asked for, read and checked."""
-
-    data: DataConfig
-    eval_data: DataConfig | None
-    lora: LoraConfig
-    training: TrainingPlan
-    model_kwargs: dict[str, Any]
-    folder: Path
-    overwrite: bool
+from phinetune.training.config import fit_to_machine, training_arguments
+from phinetune.workflow.training_request import (
+    TrainingRequest,
+    check_start,
+    read_examples,
+    read_request,
+    request_key,
+    request_settings,
+)
 
 
 def finetune(
@@ -86,7 +77,7 @@ def finetune(
     contents = {"base_key": base_key(base), "data_sha256": file_hash(data_path)}
     if asked.eval_data is not None:
         contents["eval_data_sha256"] = file_hash(data_source(asked.eval_data, on_event))
-    key = _key(asked, contents)
+    key = request_key(asked, contents)
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first one writes
         check_output(folder, "adapter", key, asked.overwrite, needed_bytes=64 << 20)
     if is_finished(folder, "adapter", key) and not asked.overwrite:
@@ -114,7 +105,7 @@ def finetune(
         on_event,
     )
     _forecast(base, config, asked, load_plan, arguments, train, contract, on_event)
-    record = {"stage": "finetune", "base_model": name, **contents, **ledgers, **_settings(asked)}
+    record = {"stage": "finetune", "base_model": name, **contents, **ledgers, **request_settings(asked)}
     record["config_overrides"] = {k: v for k, v in load_plan.config_overrides.items() if k != "use_cache"}
     with _one_writer(arguments, folder, key, record) as partial:
         from phinetune.training.checkpointing import checkpoint_layers
@@ -175,30 +166,6 @@ def _forecast(
     check_memory(forecast, asked.training.skip_memory_check, on_event)
 
 
-def read_examples(
-    asked: TrainingRequest, contract: PromptContract, on_event: OnEvent
-) -> tuple[Examples, Examples, dict[str, Any]]:
-    """(train, held out, ledgers for the manifest); what became of the rows is said."""
-    train, test, ledger = load_examples(asked.data, contract, on_event)
-    for line in ledger.lines():
-        on_event(Note(line))
-    ledgers = {"ledger": asdict(ledger)}
-    if asked.eval_data is not None:
-        if ledger.test:
-            on_event(Note(f"data: the {ledger.test} held-out rows are not trained on; the loss is that of eval_data"))
-        test, _, ledger = load_examples(asked.eval_data, contract, on_event)
-        for line in ledger.lines():
-            on_event(
-                Note(
-                    line.replace("data:", "eval_data:", 1)
-                    .replace("to train on", "held out")
-                    .replace(", 0 held out", "")
-                )
-            )
-        ledgers["eval_ledger"] = asdict(ledger)
-    return train, test, ledgers
-
-
 def _order(
     how: str, train: Examples, collator: Collator, arguments: Any, on_event: OnEvent
 ) -> Callable[[int], EpochOrder] | None:
@@ -224,112 +191,6 @@ def _one_writer(arguments: Any, folder: Path, key: str, record: dict[str, Any]) 
         yield partial_folder(folder)
         PartialState().wait_for_everyone()
     PartialState().wait_for_everyone()
-
-
-def read_request(
-    data: Any,
-    eval_data: Any,
-    training: Any,
-    peft: Any,
-    model_kwargs: Any,
-    output_dir: Any,
-    overwrite: bool,
-    on_event: OnEvent,
-) -> TrainingRequest:
-    """Every config read and checked, all their problems in one ConfigError."""
-    problems: list[str] = []
-
-    def collect(read: Callable[[], Any]) -> Any:
-        try:
-            return read()
-        except ConfigError as error:
-            problems.extend(error.problems)
-            return None
-
-    data_config: DataConfig = collect(lambda: _data_config(data, eval_data))
-    eval_config = (
-        collect(lambda: _eval_config(eval_data, data_config)) if eval_data is not None and data_config else None
-    )
-    lora: LoraConfig = collect(lambda: parse_lora_config(peft))
-    plan: TrainingPlan = collect(lambda: read_training_config(training, on_event))
-    chosen = output_dir or (plan.output_dir if plan else None)
-    if not chosen and plan:
-        problems.append("output_dir: this key is needed")
-    if model_kwargs is not None and not isinstance(model_kwargs, dict):
-        problems.append(f"model_kwargs: must hold key: value pairs (found: {model_kwargs!r})")
-    if problems:
-        raise ConfigError(problems)
-    kwargs = dict(model_kwargs or {})
-    if plan.wanted_dtype and not {"dtype", "torch_dtype"} & set(kwargs):
-        kwargs["dtype"] = plan.wanted_dtype
-    if plan.values.get("use_cpu"):
-        kwargs.setdefault("device_map", "cpu")
-    return TrainingRequest(
-        data_config, eval_config, lora, plan, kwargs, Path(str(chosen)).expanduser(), overwrite or plan.overwrite
-    )
-
-
-def _data_config(data: Any, eval_data: Any) -> DataConfig:
-    """The config of what is trained on; with `eval_data`, nothing of it is held out unless test_fraction is given."""
-    if eval_data is not None and isinstance(data, str | Path | dict):
-        data = {"test_fraction": 0.0, **(data if isinstance(data, dict) else {"path": str(data)})}
-    config = parse_data_config(data)
-    by_default = isinstance(data, DataConfig) and data.test_fraction == DataConfig("-").test_fraction
-    return replace(config, test_fraction=0.0) if eval_data is not None and by_default else config
-
-
-def _eval_config(eval_data: Any, data: DataConfig) -> DataConfig:
-    """The config of the held-out rows: all that `eval_data` names; what it does not say is as in `data`."""
-    if isinstance(eval_data, str | Path):
-        eval_data = {"path": str(eval_data)}
-    if isinstance(eval_data, dict):
-        values = {"path": data.path, **eval_data}
-        eval_data = {**inherit(values, asdict(data), same_file=values["path"] == data.path), **values}
-    config = parse_data_config(eval_data, "eval_data")
-    if config.chat_template not in (None, data.chat_template):
-        raise ConfigError("eval_data.chat_template: must be that of data: a model has one", "leave it out")
-    return replace(config, test_fraction=0.0)
-
-
-def _key(asked: TrainingRequest, contents: dict[str, str]) -> str:
-    """What decides the adapter's bytes: the base's and the data's content, and every setting but the data file's name."""
-    plan = asked.training
-    kwargs = {k: v for k, v in asked.model_kwargs.items() if k not in _SECRET}
-    evaluated = [asdict(asked.eval_data) | {"path": ""}] if asked.eval_data is not None else []
-    return content_key(
-        contents,
-        asdict(asked.data) | {"path": ""},
-        asdict(asked.lora),
-        plan.values,
-        plan.layout,
-        asdict(plan.fast_paths),
-        plan.order,
-        kwargs,
-        *evaluated,
-    )
-
-
-def _settings(asked: TrainingRequest) -> dict[str, Any]:
-    """The settings for the manifest; secrets stay out."""
-    kwargs = {k: str(v) for k, v in asked.model_kwargs.items() if k not in _SECRET}
-    layers = asked.training.checkpoint_layers
-    training = {k: v for k, v in asked.training.values.items() if k not in _SECRET}
-    training["train_sampling_strategy"] = asked.training.order
-    return {
-        "data": asdict(asked.data),
-        **({"eval_data": asdict(asked.eval_data)} if asked.eval_data is not None else {}),
-        "training_config": training | ({} if layers is None else {"checkpoint_layers": layers}),
-        "peft_config": asdict(asked.lora),
-        "model_kwargs": kwargs,
-    }
-
-
-def check_start(lora: LoraConfig, plan: LoadPlan) -> None:
-    """Raises ConfigError for factors that start at what 4 bits took, where there are no 4 bits."""
-    if lora.init_lora_weights == "loftq" and plan.quantization is None:
-        raise ConfigError(
-            'peft_config.init_lora_weights: "loftq" is for a base model in 4 bits', "set model_kwargs.load_in_4bit=true"
-        )
 
 
 class _Session:

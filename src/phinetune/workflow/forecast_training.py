@@ -26,8 +26,8 @@ from phinetune.model.folder import resolve_description, weight_files
 from phinetune.model.load import LoadPlan, load_base_contract, plan_load, read_model_config
 from phinetune.training.checkpointing import check_layer_count
 from phinetune.training.config import fit_to_machine, training_arguments
-from phinetune.workflow.finetune import TrainingRequest, check_start, read_examples, read_request
 from phinetune.workflow.training_plan import Plan, Suggestion, Variant, changes, describe, gigabytes, needed_bytes
+from phinetune.workflow.training_request import TrainingRequest, check_start, read_examples, read_request
 
 if TYPE_CHECKING:
     from phinetune.data.examples import Examples
