@@ -136,19 +136,34 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
                 problems.append(f"training_config.{key}: {error}")
     if values.get("push_to_hub"):
         problems.append("training_config.push_to_hub: nothing is sent anywhere; upload the output folder yourself")
+    plan = _read_own(own, values, problems, on_event)
+    wanted = "bfloat16" if values.pop("bf16", False) else None
+    if values.pop("fp16", False):
+        on_event(
+            Note(
+                "training_config.fp16: adapters are trained in float32 on a base in the machine's best type, not in fp16",
+                warning=True,
+            )
+        )
+    return replace(plan, wanted_dtype=wanted)
+
+
+def _read_own(own: dict[str, Any], values: dict[str, Any], problems: list[str], on_event: OnEvent) -> TrainingPlan:
+    """The plan for `values` and phinetune's own keys. Raises ConfigError with their problems and those found before."""
     if own.get("layout", "auto") not in ("auto", "padded", "tree"):
         problems.append(f"training_config.layout: must be auto, padded or tree (found: {own['layout']!r})")
     try:
         fast_paths = read_fast_paths(own.get("fast_paths"), "training_config.fast_paths")
     except ConfigError as error:
         problems += error.problems
-    if not isinstance(own.get("reference", False), bool):
-        problems.append(f"training_config.reference: must be true or false (found: {own['reference']!r})")
+    for key in ("reference", "keep_freed_memory", "skip_memory_check"):
+        if not isinstance(own.get(key, False), bool):
+            problems.append(f"training_config.{key}: must be true or false (found: {own[key]!r})")
     if own.get("reference") is True and (own.get("fast_paths") or own.get("layout", "padded") != "padded"):
         problems.append("training_config.reference: turns every fast path off; leave out fast_paths and layout")
     order = own.get("train_sampling_strategy") or "auto"
     if order not in WAYS:
-        theirs = _choices(TrainingArguments, "train_sampling_strategy")
+        theirs = _choices("train_sampling_strategy")
         values["train_sampling_strategy"] = order
         if order not in theirs:
             known_ways = dict.fromkeys((*WAYS, *theirs))
@@ -156,17 +171,11 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
                 f"training_config.train_sampling_strategy: must be one of {', '.join(known_ways)} (found: {order!r})"
                 + did_you_mean(str(order), known_ways)
             )
-    if not isinstance(kept := own.get("keep_freed_memory", True), bool):
-        problems.append(f"training_config.keep_freed_memory: must be true or false (found: {kept!r})")
     checkpointing: tuple[LayerCount | None, dict[str, Any]] = (None, {})
     try:
         checkpointing = read_checkpointing(own, on_event)
     except ConfigError as error:
         problems.extend(error.problems)
-    if not isinstance(own.get("skip_memory_check", False), bool):
-        problems.append(
-            f"training_config.skip_memory_check: must be true or false (found: {own['skip_memory_check']!r})"
-        )
     if problems:
         raise ConfigError(problems)
     if own.get("reference"):
@@ -180,17 +189,8 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
     for key in ("torch_compile_backend", "torch_compile_mode"):
         if values.pop(key, None) is not None:
             on_event(Note(f"training_config.{key}: has no effect, layers are compiled by torch's default"))
-    wanted = "bfloat16" if values.pop("bf16", False) else None
-    if values.pop("fp16", False):
-        on_event(
-            Note(
-                "training_config.fp16: adapters are trained in float32 on a base in the machine's best type, not in fp16",
-                warning=True,
-            )
-        )
     return TrainingPlan(
         values,
-        wanted,
         output_dir=own.get("output_dir"),
         overwrite=bool(own.get("overwrite_output_dir", False)),
         resume_from_checkpoint=own.get("resume_from_checkpoint"),
@@ -204,9 +204,12 @@ def read_training_config(config: dict[str, Any] | None, on_event: OnEvent = log_
     )
 
 
-def _choices(kind: Any, name: str) -> list[str]:
+def _choices(name: str) -> list[str]:
     """The values that the installed transformers says it takes for a field of its arguments."""
-    return next((list(f.metadata.get("choices") or ()) for f in dataclasses.fields(kind) if f.name == name), [])
+    from transformers import TrainingArguments
+
+    fields = dataclasses.fields(TrainingArguments)
+    return next((list(f.metadata.get("choices") or ()) for f in fields if f.name == name), [])
 
 
 def _as_declared(hint: Any, value: Any) -> Any:

@@ -125,7 +125,8 @@ def request_settings(asked: TrainingRequest) -> dict[str, Any]:
     kwargs = {k: str(v) for k, v in asked.model_kwargs.items() if k not in _SECRET}
     layers = asked.training.checkpoint_layers
     training = {k: v for k, v in asked.training.values.items() if k not in _SECRET}
-    training["train_sampling_strategy"] = asked.training.order
+    if asked.training.order != "auto":
+        training["train_sampling_strategy"] = asked.training.order
     return {
         "data": asdict(asked.data),
         **({"eval_data": asdict(asked.eval_data)} if asked.eval_data is not None else {}),
