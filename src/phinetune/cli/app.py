@@ -133,7 +133,7 @@ def evaluate(
     from phinetune.cli.options import arguments
     from phinetune.workflow.evaluate import evaluate as stage
 
-    options = {
+    options: dict[str, Any] = {
         "model": model,
         "data.path": data,
         "data.prompt": prompt,
@@ -141,7 +141,7 @@ def evaluate(
         "split": split,
         "output": output,
     }
-    options |= {"max_new_tokens": max_new_tokens, "base_model": base_model, "metrics": metrics}  # type: ignore[dict-item]
+    options |= {"max_new_tokens": max_new_tokens, "base_model": base_model, "metrics": metrics}
     with Terminal(quiet) as on_event:
         result = stage(**arguments(stage, config, settings or [], options), on_event=on_event)
     console = out()
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes are about itself; what matters here we say
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a kernel that is not used
-    usage_error = typer.BadParameter.__mro__[2]  # ClickException, from whichever click this typer brings
+    usage_error: Any = typer.BadParameter.__mro__[2]  # ClickException, from whichever click this typer brings
     try:
         result: Any = app(args=argv, prog_name="phinetune", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -336,11 +336,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
-    except Exception as error:
-        if not isinstance(error, usage_error):
-            raise
-        error.show()  # type: ignore[attr-defined]
-        return int(error.exit_code)  # type: ignore[attr-defined]
+    except usage_error as error:
+        error.show()
+        return int(error.exit_code)
 
 
 def run() -> None:

@@ -1,4 +1,4 @@
-"""`phinetune plan`: the forecast of a training run as tables. The same options as `phinetune finetune`; nothing is loaded."""
+"""`phinetune plan`: the forecast of a training run as tables. Model, data and settings as for `phinetune finetune`; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def plan(
 ) -> None:
     """Say what finetune will take in memory and time, and what makes it fit if it does not.
 
-    Takes the options of finetune; --output and --overwrite have no effect. Nothing is loaded: the folder may hold config.json and
+    Takes model, data and settings as finetune does (its --reference is --set training_config.reference=true here); --output and
+    --overwrite have no effect. Nothing is loaded: the folder may hold config.json and
     tokenizer only. Figures are estimates for this machine's CPU. Exit code 3: the memory is not enough.
     """
     from phinetune.cli.console import Terminal, out

@@ -25,7 +25,7 @@ _BY_MODEL = {
 }
 """`model_type` of transformers -> endings of its fused layers."""
 _QKV = ("q_proj", "k_proj", "v_proj")
-_PARTS = {"qkv_proj": _QKV, "gate_up_proj": ("gate_proj", "up_proj"), "c_attn": _QKV, "query_key_value": _QKV}
+PARTS = {"qkv_proj": _QKV, "gate_up_proj": ("gate_proj", "up_proj"), "c_attn": _QKV, "query_key_value": _QKV}
 """Ending of a fused layer -> what its parts are called, in the order of its rows."""
 
 
@@ -54,7 +54,7 @@ def slices_of(config: Any, name: str, out: int, given: dict[str, dict[str, int]]
     last = name.rpartition(".")[2]
     if config is None or last not in _BY_MODEL.get(getattr(config, "model_type", ""), ()):
         return None
-    parts = _PARTS[last]
+    parts = PARTS[last]
     widths = [out // len(parts)] * len(parts)
     if last == "qkv_proj":
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -77,11 +77,11 @@ def named_by_parts(config: LoraConfig, layers: list[str], others: list[str]) -> 
 
     def parts_of(entry: str, is_pattern: bool) -> list[str]:
         path, dot, last = entry.rpartition(".")
-        parts = [f"{path}{dot}{part}" for part in _PARTS.get(last, ())]
+        parts = [f"{path}{dot}{part}" for part in PARTS.get(last, ())]
         patterns = [p if is_pattern else re.escape(p) for p in [entry, *parts]]
         if not parts or known(patterns[0], [*layers, *others]) or not all(known(p, layers) for p in patterns[1:]):
             return [entry]
-        found[last] = list(_PARTS[last])
+        found[last] = list(PARTS[last])
         return parts
 
     values: dict[str, Any] = {}

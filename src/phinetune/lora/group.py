@@ -21,16 +21,12 @@ from torch import Tensor, nn
 
 from phinetune.lora.frozen import dense, is_quantized
 from phinetune.lora.functional import lora_linear_reference
+from phinetune.lora.fused import PARTS
 from phinetune.lora.layer import LoRALayer
 from phinetune.lora.linear import Linear
 from phinetune.model.fast import FastPaths
 
-_TOGETHER = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("query", "key", "value"),
-    ("w1", "w3"),
-)
+_TOGETHER = (*dict.fromkeys(PARTS.values()), ("query", "key", "value"), ("w1", "w3"))
 
 
 def shared_linears_reference(x: Tensor, layers: list[Linear]) -> list[Tensor]:
@@ -132,8 +128,9 @@ def _ordinary(x: Tensor) -> bool:
 
 def _plain(layer: Linear) -> bool:
     """True while the layer computes nothing but y = x Wᵀ + b + s x Aᵀ Bᵀ."""
-    p = getattr(layer.lora_dropout, "p", 0.0) if layer.training else 0.0
-    return not (layer.merged or p or layer.lora_magnitude_vector is not None or layer.lora_A_start is not None)
+    return not (
+        layer.merged or layer.drops or layer.lora_magnitude_vector is not None or layer.lora_A_start is not None
+    )
 
 
 def share_inputs(model: nn.Module) -> int:

@@ -116,9 +116,14 @@ class LoRALayer:
 
     def dropout_mask(self, x: Tensor) -> Tensor | None:
         """The mask for x, divided by 1 - p; None outside training or without dropout."""
-        p = getattr(self.lora_dropout, "p", 0.0)
-        active = p > 0.0 and self.lora_dropout.training
-        return F.dropout(torch.ones_like(x), p, training=True) if active else None
+        return (
+            F.dropout(torch.ones_like(x), getattr(self.lora_dropout, "p", 0.0), training=True) if self.drops else None
+        )
+
+    @property
+    def drops(self) -> bool:
+        """True while dropout is at work."""
+        return getattr(self.lora_dropout, "p", 0.0) > 0.0 and self.lora_dropout.training
 
     def rescale(self, scaling: float) -> None:
         """Set `scaling` and the alpha that belongs to it."""

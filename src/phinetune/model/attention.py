@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -289,7 +289,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, le
     return result
 
 
-def is_tree(mask: Any) -> bool:
+def is_tree(mask: Any) -> TypeGuard[Tensor]:
     """True for a tree's lengths in the place of a mask: whole numbers, (1, 1, 1, 1 + n)."""
     return isinstance(mask, Tensor) and mask.dtype == torch.long and mask.shape[:3] == (1, 1, 1)
 
@@ -307,7 +307,7 @@ def attention_forward(
     """An attention function of transformers: (B, H, T, D) -> (B, T, H, D). Whatever is not plain causal or a tree goes to torch's."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if is_tree(attention_mask):
-        return tree_attention(query, key, value, scaling, attention_mask), None  # type: ignore[arg-type]
+        return tree_attention(query, key, value, scaling, attention_mask), None
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if attention_mask is None and causal and not dropout and query.shape[2] == key.shape[2]:

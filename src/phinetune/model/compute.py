@@ -5,8 +5,6 @@ No guessing from a processor's name: the same matrix product is timed in float32
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
 import platform
@@ -83,12 +81,6 @@ def resident_memory() -> int:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def release_freed_memory() -> None:
-    """Give memory that was freed back to the system. glibc keeps it otherwise: hundreds of megabytes after loading in 4 bits."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from phinetune.errors import ConfigError, ModelError, did_you_mean
 from phinetune.events import Note, OnEvent, log_event
-from phinetune.model.compute import bfloat16_speedup, default_device, default_dtype, release_freed_memory
+from phinetune.model.compute import bfloat16_speedup, default_device, default_dtype
 from phinetune.model.contract import PromptContract, load_contract, load_tokenizer, make_contract
 from phinetune.model.folder import HUB_KEYS, stored_dtype
+from phinetune.model.memory import release_freed_memory
 from phinetune.model.quantized import (
     Quantization,
     from_pretrained_options,

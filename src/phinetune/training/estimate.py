@@ -68,8 +68,6 @@ class StepEstimate:
 
     peak: Peak
     calls: Counter[Call] = field(repr=False)
-    trained: int
-    """Bytes of the parameters that learn: the optimizer goes over them once a step."""
 
     @property
     def flops(self) -> int:
@@ -115,7 +113,7 @@ class StepEstimator:
             )
         peak = max(peaks.values(), key=lambda p: p.total)
         parts = {**peak.parts, "optimizer": self.optimizer}
-        return StepEstimate(Peak(peak.total + self.optimizer, parts), calls, self.adapters)
+        return StepEstimate(Peak(peak.total + self.optimizer, parts), calls)
 
     def _extended(self, batch: dict[str, Tensor], count: LayerCount) -> tuple[dict[str, Peak], Counter[Call]]:
         """Peaks by phase and operators of the whole model with no layer checkpointed, or all, from few of its layers."""

@@ -75,7 +75,7 @@ def run_time(
     clock: OperatorClock,
 ) -> RunTime:
     """Mean over `steps` (estimate, batch) of forward and backward, times `accumulation`, and the optimizer's part."""
-    overhead, count = _overhead(), len(steps)
+    overhead, count = _overhead(clock), len(steps)
     passes = [clock.seconds(s.calls) + overhead * sum(s.calls.values()) for s, _ in steps]
     clock.save()
     return RunTime(
@@ -85,8 +85,8 @@ def run_time(
     )
 
 
-def _overhead() -> float:
-    """Seconds a call beyond its operator, found with a small real model once a machine."""
+def _overhead(clock: OperatorClock) -> float:
+    """Seconds a call beyond its operator: what `clock` knows, or found with a small real model, once a machine."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -95,7 +95,7 @@ def _overhead() -> float:
     from phinetune.lora.injection import inject
     from phinetune.training.loss import supervised_loss
 
-    if (known := OperatorClock().known.get("overhead")) is not None:
+    if (known := clock.known.get("overhead")) is not None:
         return known
     with torch.random.fork_rng(devices=[]):
         config = LlamaConfig(

@@ -25,7 +25,7 @@ from phinetune.training.cross_entropy import (
     chunked_cross_entropy,
     summed_cross_entropy,
 )
-from phinetune.training.rows import only_rows, recomputed, tree_mask
+from phinetune.training.rows import only_rows, recomputed, rows_at, tree_mask, wrapping
 
 _ALTERING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models known to do something to what their head returns (a soft cap, a scale): they need the logits themselves."""
@@ -42,11 +42,7 @@ def learned_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
 def head_only_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
     """Inside, `head` gets only the rows `positions` of its (B, T, hidden) input, as (N, hidden)."""
 
-    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0]
-        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions), *args[1:])
-
-    handle = head.register_forward_pre_hook(select)
+    handle = head.register_forward_pre_hook(lambda _, args: rows_at(args, positions))
     try:
         yield
     finally:
@@ -55,7 +51,7 @@ def head_only_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
 
 def can_make_loss(model: nn.Module, head: nn.Module) -> bool:
     """True if the loss may be made inside `head`: not in a compiled model, nor in one found to change its logits after the head."""
-    chain = [model, *_inside(model)]
+    chain = wrapping(model)
     # a compiled model would trace a new head at each step
     compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in chain)
     counted = isinstance(getattr(head, "out_features", None), int)
@@ -70,7 +66,7 @@ def loss_made_in(head: nn.Module, model: nn.Module, targets: Tensor, label_smoot
     tensor, not written to. A model for which they are not is run again at once with its own head, from the same state of the random
     generators, and from then on `can_make_loss` says no. All of it happens inside wrappers such as DDP's, FSDP's and autocast's.
     """
-    inner, logits_of, own = [model, *_inside(model)][-1], head.forward, vars(head).get("forward")
+    inner, logits_of, own = wrapping(model)[-1], head.forward, vars(head).get("forward")
     random = torch.get_rng_state(), get_device_states(targets)
     # what the head returned last, and how often that had been written to
     made: list[tuple[Tensor, int]] = []
@@ -119,12 +115,6 @@ def _head_loss(
     return checkpointed_cross_entropy(
         logits_of, hidden, targets, label_smoothing, chunk_rows(head.out_features, torch.float32)
     )
-
-
-def _inside(model: nn.Module) -> list[nn.Module]:
-    """The modules that `model` wraps (DDP, FSDP), the model itself last; empty if it wraps none."""
-    found = getattr(model, "module", None)
-    return [found, *_inside(found)] if isinstance(found, nn.Module) else []
 
 
 def supervised_loss(

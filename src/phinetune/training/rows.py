@@ -27,9 +27,7 @@ def tree_mask(model: Any, tree: Tensor, dtype: torch.dtype) -> Tensor:
     The lengths themselves, (1, 1, 1, 1 + n), for attention that knows them; else (1, 1, T, T) with 0 where a token may look and the
     dtype's lowest value where it may not.
     """
-    while not hasattr(model, "config"):  # wrapped, such as by DDP
-        model = model.module
-    if uses_blocks(model):
+    if uses_blocks(wrapping(model)[-1]):
         return tree.view(1, 1, 1, -1)
     return additive_mask(allowed_in_tree(tree.tolist()).to(tree.device), dtype)
 
@@ -38,6 +36,18 @@ def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """(1, 1, T, T): 0 where a token may look and the dtype's lowest value where it may not; allowed is boolean (T, T)."""
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[None, None]
+
+
+def wrapping(model: Any) -> list[Any]:
+    """`model`, what it wraps (as DDP and FSDP do), and so on; the model itself last."""
+    inner = getattr(model, "module", None)
+    return [model, *(wrapping(inner) if isinstance(inner, nn.Module) else [])]
+
+
+def rows_at(args: tuple[Any, ...], positions: Tensor) -> tuple[Any, ...]:
+    """A module's arguments with the rows `positions` of the first, (B, T, h), in its place: (N, h)."""
+    hidden = args[0]
+    return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions), *args[1:])
 
 
 def last_mlp(model: Any) -> nn.Module | None:
@@ -66,7 +76,7 @@ def only_rows(module: nn.Module | None, positions: Tensor) -> Iterator[None]:
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         shape[:] = [args[0].shape]
-        return (args[0].reshape(-1, args[0].shape[-1]).index_select(0, positions), *args[1:])
+        return rows_at(args, positions)
 
     def spread(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         whole = output.new_zeros(shape[0][:-1].numel(), output.shape[-1])

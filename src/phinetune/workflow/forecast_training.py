@@ -287,7 +287,7 @@ class TrainingForecast:
 
     def _parameters(self) -> int:
         """Numbers in the base model's weights."""
-        return self._estimator(replace(self.asked_for, quantization=self.load.quantization)).numbers
+        return self._estimator(self.asked_for).numbers
 
     def _stored_dtype(self) -> Any:
         import torch
