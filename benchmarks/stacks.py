@@ -18,6 +18,8 @@ from typing import Any, Protocol
 RANK, ALPHA, RATE = 16, 16, 2e-4
 REFERENCE = {"reference": True}
 """The training_config that turns every fast path of phinetune off."""
+AWARE = {"int4_aware": True}
+"""The training_config that trains on the weights as int4 will have them."""
 
 
 class Pace(Protocol):
@@ -70,6 +72,8 @@ class Stack:
     options: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     """Workloads it is not run on."""
+    rounded: bool = False
+    """It trains on rounded weights, so its losses are others."""
 
 
 def run_phinetune(job: Job, pace: Pace, training: dict[str, Any] | None = None) -> list[int]:
@@ -92,7 +96,7 @@ def run_phinetune(job: Job, pace: Pace, training: dict[str, Any] | None = None) 
         {"path": str(job.rows / "rows.jsonl"), "test_fraction": 0.0},
         {**job.training(), **(training or {})},
         {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"},
-        output_dir=job.rows / ("adapter" + "-reference" * bool(training)),
+        output_dir=job.rows / "-".join(["adapter", *(training or {})]),
         on_event=on_event,
     )
     pace.losses[:] = result.manifest["figures"]["train_loss"]
@@ -187,6 +191,7 @@ STACKS = {
     for stack in (
         Stack("phinetune", "phinetune", run_phinetune),
         Stack("phinetune, reference", "phinetune, reference", run_phinetune, {"training": REFERENCE}),
+        Stack("phinetune, int4-aware", "phinetune, int4-aware", run_phinetune, {"training": AWARE}, rounded=True),
         Stack("TRL, defaults", "TRL SFTTrainer, its defaults", run_trl),
         *(
             Stack(

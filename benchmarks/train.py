@@ -112,7 +112,8 @@ def measure(workload: Workload, stacks: Sequence[Stack], model: Path, a: argpars
                     print(f"  round {round_}  {worker.stack.name}: {answer['seconds'] / a.steps:.2f} s a step",
                           file=sys.stderr, flush=True)  # fmt: skip
                 if not round_:
-                    check_first_losses({w.stack.name: r[0]["losses"][0] for w, r in zip(workers, rounds, strict=True)})
+                    alike = [(w, r) for w, r in zip(workers, rounds, strict=True) if not w.stack.rounded]
+                    check_first_losses({w.stack.name: r[0]["losses"][0] for w, r in alike})
             ends = [worker.ask() for worker in workers]
     timed = [sum(per_step[r * a_round + a.warm : (r + 1) * a_round]) for r in range(1, a.rounds + 1)]
     result: dict[str, Any] = {"title": workload.title, "batch": workload.batch, "tokens_per_step": per_step}

@@ -31,6 +31,7 @@ from phinetune.evaluation.metrics import METRICS, label_scores, wilson_interval
 from phinetune.evaluation.score import Answer
 from phinetune.events import Note
 from phinetune.generation.load import load_generator
+from phinetune.generation.protocol import Prediction
 from phinetune.generation.torch_backend import TorchGenerator
 from phinetune.workflow import assess as stage
 from tiny import PROMPT, tone_rows, write_rows
@@ -204,10 +205,10 @@ def test_losses_of_batches_are_those_of_single_rows(generator: Any, conversation
     expected = reference_losses(generator.model, rows)
     assert len({len(ids) for ids, _ in rows}) > 3 and any(-100 in labels[labels.index(4) :] for _, labels in rows)
     for batch_size in (1, 3, 16):
-        found = list(TorchGenerator(generator.model, generator.contract, batch_size).label_losses(rows))
+        found = list(TorchGenerator(generator.model, generator.contract, batch_size).predictions(rows))
         assert [len(x) for x in found] == [len(x) for x in expected]
-        assert flat(found) == pytest.approx(flat(expected), abs=1e-4)
-    assert list(generator.label_losses([([1, 2, 3], [-100] * 3)])) == [[]]
+        assert flat([[p.loss for p in row] for row in found]) == pytest.approx(flat(expected), abs=1e-4)
+    assert list(generator.predictions([([1, 2, 3], [-100] * 3)])) == [[]]
 
 
 def test_onnx_losses_are_torchs_in_one_go_and_token_by_token(
@@ -232,12 +233,14 @@ def test_onnx_losses_are_torchs_in_one_go_and_token_by_token(
         def get_output(self, name: str) -> Any:
             return np.array(self.real.get_output(name))[:, -1:]
 
-    whole = list(onnx.label_losses(rows))
+    whole = list(onnx.predictions(rows))
     monkeypatch.setattr(og, "Generator", LastOnly)
-    by_token = list(onnx.label_losses(rows))
+    by_token = list(onnx.predictions(rows))
     assert [len(x) for x in whole] == [len(x) for x in by_token] == [len(x) for x in expected]
-    assert flat(whole) == pytest.approx(flat(expected), abs=1e-4)
-    assert flat(by_token) == pytest.approx(flat(expected), abs=1e-4)
+    torchs = list(generator.predictions(rows))
+    for found in (whole, by_token):
+        assert flat([[p.loss for p in row] for row in found]) == pytest.approx(flat(expected), abs=1e-4)
+        assert [[p.choice for p in row] for row in found] == [[p.choice for p in row] for row in torchs]
     assert calls.count(1) > 50
 
 
@@ -261,11 +264,11 @@ def test_the_loss_of_an_adapter_is_the_one_that_training_reported(
 
 def test_losses_that_are_no_numbers_are_infinite_and_said(generator: Any, tone_data: Any, notes: list[str]) -> None:
     examples = load_examples(parse_data_config(tone_data), generator.contract)[1]
-    broken = SimpleNamespace(label_losses=lambda rows: iter([[math.nan, 1.0]] * len(rows)))
+    broken = SimpleNamespace(predictions=lambda rows: iter([[Prediction(math.nan, 1), Prediction(1.0, 1)]] * len(rows)))
     loss = held_out_loss(broken, examples, "hf", listen(notes))  # type: ignore[arg-type]
     assert loss.mean == loss.perplexity == math.inf and "not finite" in notes[0]
     assert Loss(5000.0, 2).perplexity == math.inf
-    silent = SimpleNamespace(label_losses=lambda rows: iter([[]] * len(rows)))
+    silent = SimpleNamespace(predictions=lambda rows: iter([[]] * len(rows)))
     with pytest.raises(DataError, match="no token of the examples is supervised"):
         held_out_loss(silent, examples, "hf")  # type: ignore[arg-type]
 
@@ -390,9 +393,9 @@ def test_a_process_that_dies_and_a_system_that_does_not_tell(
     ("asked", "used"),
     [
         ("exact_match,f1", {"complete"}),
-        ("perplexity,size", {"label_losses"}),
+        ("perplexity,size", {"predictions"}),
         ("latency,throughput_p50", {"stream"}),
-        ("stop_rate,loss,latency_max", {"complete", "label_losses", "stream"}),
+        ("stop_rate,loss,latency_max", {"complete", "predictions", "stream"}),
     ],
 )
 def test_only_what_is_asked_for_is_computed_and_the_model_is_loaded_once(
@@ -483,10 +486,10 @@ def test_timing_waits_for_work_and_everything_else_is_work(
         phinetune.assess(str(llama_folder), tone_data, "exact_match,loss,latency", repeats=1, warmup=0)
     assert {name: measuring for name, (_, measuring) in seen.items()} == {
         "complete": False,
-        "label_losses": False,
+        "predictions": False,
         "stream": True,
     }
-    assert seen["complete"][0] and seen["label_losses"][0]
+    assert seen["complete"][0] and seen["predictions"][0]
 
 
 # The command.

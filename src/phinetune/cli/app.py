@@ -50,6 +50,14 @@ def finetune(
         bool | None,
         typer.Option("--reference", help="Turn every fast path off: plain torch, to compare with.", show_default=False),
     ] = None,
+    int4_aware: Annotated[
+        bool | None,
+        typer.Option(
+            "--int4-aware",
+            help="Train on the weights as int4 will have them: exporting loses nothing.",
+            show_default=False,
+        ),
+    ] = None,
     config: ConfigFile = None,
     settings: Set = None,
     overwrite: Overwrite = None,
@@ -80,6 +88,7 @@ def finetune(
         "data.test_fraction": test_fraction,
         "data.seed": seed,
         "training_config.reference": reference,
+        "training_config.int4_aware": int4_aware,
         "output_dir": output,
         "overwrite": overwrite,
         "training_config.skip_memory_check": no_memory_check or None,
@@ -203,7 +212,8 @@ def export(
     """Write a model as a verified ONNX Runtime GenAI folder. An adapter is merged first.
 
     --set export_config.KEY=VALUE: block_size (weights per scale, default 32), symmetric (true), accuracy_level (0 to 4, default 4),
-    algorithm (default, rtn, k_quant, k_quant_mixed, ...), execution_provider (cpu, cuda, dml, webgpu), and more: docs/config.md.
+    algorithm (auto, gptq, searched, default, rtn, k_quant, ...), max_drop (most that held-out answers may lose, 0.01, or any),
+    execution_provider (cpu, cuda, dml, webgpu), and more: docs/config.md.
     --set adapters=[A,B]: adapters of the base model --model, kept apart as FOLDER/A.onnx_adapter, which chat and evaluate take.
     """
     from phinetune.cli.console import Terminal, out

@@ -41,8 +41,8 @@ def held_out_loss(generator: Generator, examples: Any, stage: str, on_event: OnE
     rows = [(row["input_ids"], row["labels"]) for row in examples.table]
     total, tokens = 0.0, 0
     on_event(Progress(f"loss of {stage}", 0, len(rows)))
-    for done, losses in enumerate(generator.label_losses(rows), 1):
-        total, tokens = total + math.fsum(losses), tokens + len(losses)
+    for done, found in enumerate(generator.predictions(rows), 1):
+        total, tokens = total + math.fsum(p.loss for p in found), tokens + len(found)
         on_event(Progress(f"loss of {stage}", done, len(rows), {"loss": total / tokens} if tokens else {}))
     if not tokens:
         raise DataError("loss, perplexity: no token of the examples is supervised", "every example needs an answer")

@@ -43,7 +43,7 @@ def builder_options(config: ExportConfig, trust_remote_code: bool = False, prefi
             f"{prefix}block_size": config.block_size,
             f"{prefix}is_symmetric": config.symmetric,
             f"{prefix}accuracy_level": config.accuracy_level,
-            f"{prefix}algo_config": config.algorithm,
+            f"{prefix}algo_config": config.as_built.algorithm,
         }
     if config.op_types_to_quantize:
         options[f"{prefix}op_types_to_quantize"] = "/".join(config.op_types_to_quantize)

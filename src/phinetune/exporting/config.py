@@ -3,10 +3,11 @@ cannot be."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from phinetune.config import STRICT
+from phinetune.model.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,17 @@ class ExportConfig:
     """int4, int8: no zero point per block (the k_quant algorithms have one always)."""
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
     """int4, int8: lowest precision of the activations in the products: 4 int8, 3 bf16, 2 fp16, 1 fp32, 0 the runtime's choice."""
-    algorithm: Literal["default", "rtn", "rtn_last", "k_quant", "k_quant_last", "k_quant_mixed", "k_quant_linear"] = (
-        "default"
-    )
-    """int4, int8: how scales are chosen. int4 only: _last keeps the output layer at 8 bits, _mixed also the most sensitive layers, _linear also linear attention."""
+    algorithm: Literal[
+        "auto", "gptq", "searched",
+        "default", "rtn", "rtn_last", "k_quant", "k_quant_last", "k_quant_mixed", "k_quant_linear",
+    ] = "auto"  # fmt: skip
+    """int4, int8: how codes and scales are chosen. Ours: gptq (rounding errors made up for, on examples of the training), searched (scales that lose least), auto (the nearest codes for an adapter trained for them, else gptq, else searched). The builder's: default (the nearest codes), the others; int4 only: _last keeps the output layer at 8 bits, _mixed also the most sensitive layers, _linear also linear attention."""
+    calibration_examples: int = 128
+    """gptq, searched: at most so many examples to weigh errors by."""
+    calibration_data: str | dict[str, Any] | None = None
+    """gptq, searched: a file of examples, or fields of data; by default the examples of the training. What it does not say is as in training."""
+    max_drop: float | Literal["any"] | None = None
+    """int4, int8: most that held-out answers may lose, as a share: points of exact answers, or perplexity where answers are free text. More is an error. "any": it is only said. By default 0.01, and "any" in a workflow, whose evaluators and goals judge."""
     execution_provider: Literal["cpu", "cuda", "dml", "webgpu"] = "cpu"
     """Where the model will run."""
     op_types_to_quantize: tuple[Literal["MatMul", "Gather"], ...] | None = None
@@ -58,6 +66,18 @@ class ExportConfig:
     def quantized(self) -> bool:
         """The weights are integers."""
         return self.precision in ("int4", "int8")
+
+    @property
+    def grid(self) -> Grid | None:
+        """What the weights are rounded to; None for floating point."""
+        if not self.quantized:
+            return None
+        return Grid(8 if self.precision == "int8" else 4, self.block_size, self.symmetric)
+
+    @property
+    def as_built(self) -> ExportConfig:
+        """What the builder is asked for: its own algorithm where codes are put in afterwards."""
+        return replace(self, algorithm="default") if self.algorithm in ("auto", "gptq", "searched") else self
 
     @property
     def answers_prompts(self) -> bool:

@@ -128,6 +128,7 @@ def _product(node: Any, makers: dict[str, Any], stored: dict[str, Any]) -> Produ
 
 def graph_problems(found: GraphFacts, config: ExportConfig) -> list[str]:
     """One line for each requested option that the graph does not show."""
+    config = config.as_built  # where codes are put in afterwards, the graph is still the builder's
     problems = _quantization_problems(found, config) if config.quantized else _float_problems(found, config)
     return problems + _shape_problems(found, config)
 

@@ -84,7 +84,10 @@ def read_builder(folder: Path) -> Builder:
 
 def check_options(config: ExportConfig, model_config: dict[str, Any], builder: Builder) -> None:
     """Raise one ConfigError with every option of `config` that cannot be, for the model whose config.json is `model_config`."""
+    own = list(_own_ways(config, model_config))
+    config = config.as_built
     problems = [
+        *own,
         *_unknown_to(builder, config),
         *_not_for_this_precision(config),
         *_not_for_this_provider(config),
@@ -97,9 +100,32 @@ def check_options(config: ExportConfig, model_config: dict[str, Any], builder: B
         raise ConfigError([f"export.{problem}" for problem in problems])
 
 
+def _own_ways(config: ExportConfig, model_config: dict[str, Any]) -> Iterator[str]:
+    """What speaks against codes of our own."""
+    if config.calibration_examples < 1:
+        yield f"calibration_examples: must be at least 1 (found: {config.calibration_examples})"
+    if isinstance(config.max_drop, int | float) and not config.max_drop >= 0:
+        yield f"max_drop: must be 0 or above (found: {config.max_drop})"
+    if config.algorithm not in ("gptq", "searched"):
+        if config.calibration_data is not None and config.algorithm != "auto":
+            yield f"calibration_data: is for gptq and searched, the algorithm is {config.algorithm}"
+        return
+    if config.grid is None:
+        yield f"algorithm: {config.algorithm} is for int4 and int8, the precision is {config.precision}"
+        return
+    if config.use_qdq:
+        yield f"use_qdq: not with {config.algorithm}, whose codes are put into MatMulNBits"
+    if "MatMul" not in (config.op_types_to_quantize or ("MatMul",)):
+        yield f"op_types_to_quantize: {config.algorithm} is for MatMul"
+    for width in sorted(_widths(model_config)):
+        for problem in config.grid.problems("", width):
+            yield f"block_size{problem}"
+
+
 def _changed(config: ExportConfig, names: tuple[str, ...]) -> list[str]:
     """Those of `names` that are not at their default."""
-    return [f.name for f in fields(config) if f.name in names and getattr(config, f.name) != f.default]
+    usual = ExportConfig().as_built
+    return [name for name in names if getattr(config, name) != getattr(usual, name)]
 
 
 def _unknown_to(builder: Builder, config: ExportConfig) -> Iterator[str]:

@@ -13,7 +13,8 @@ from phinetune.generation.protocol import Generator
 from phinetune.generation.torch_backend import TorchGenerator
 from phinetune.model.contract import CONTRACT_FILE, PromptContract, load_contract
 from phinetune.model.embedded import EMBEDDED
-from phinetune.model.folder import Kind, base_key, kind_of, resolve_model
+from phinetune.model.folder import Kind, base_key, kind_of, resolve_model, stored_dtype
+from phinetune.model.grid import Grid, read_grid
 from phinetune.model.load import load_base_contract, load_model, plan_load
 
 
@@ -93,7 +94,22 @@ def load_adapted(
     contract = adapter_contract(folder, base, bool(kwargs.get("trust_remote_code", False)))
     model = load_model(base, plan_load(base, kwargs, longest, on_event))
     load_adapter(model, folder)
+    round_as_trained(model, folder, base)
     return model, contract
+
+
+def round_as_trained(model: Any, folder: Path, base: Path) -> None:
+    """If the adapter in `folder` was trained for a grid (`int4_aware`), let `model`, which it is in, compute on that grid, as in training."""
+    grid = trained_grid(folder)
+    if grid is not None:
+        from phinetune.lora.rounding import round_model
+
+        round_model(model, grid, stored_dtype(base))
+
+
+def trained_grid(folder: Path) -> Grid | None:
+    """The grid that the model in `folder` (an adapter, or merged from one) was trained for; None if it was not."""
+    return read_grid(read_manifest(folder).get("grid"), f"{folder}/manifest.json: grid")
 
 
 def trained_overrides(folder: Path) -> dict[str, Any]:

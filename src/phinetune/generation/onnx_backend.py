@@ -10,7 +10,7 @@ from typing import Any
 
 from phinetune.data.examples import MASKED
 from phinetune.errors import AdapterError, ExportError, MissingPackageError, did_you_mean
-from phinetune.generation.protocol import Completion, LabelledIds, Sampling, completion
+from phinetune.generation.protocol import Completion, LabelledIds, Prediction, Sampling, completion
 from phinetune.model.contract import PromptContract, load_contract
 
 ADAPTER_SUFFIX = ".onnx_adapter"
@@ -104,7 +104,7 @@ class OnnxGenerator:
         generator.append_tokens(np.array(ids, dtype=np.int32))
         return np.array(generator.get_output("logits"), dtype=np.float32)[0, -1].copy()
 
-    def label_losses(self, rows: Sequence[LabelledIds]) -> Iterator[list[float]]:
+    def predictions(self, rows: Sequence[LabelledIds]) -> Iterator[list[Prediction]]:
         """See `Generator`. One row at a time."""
         import numpy as np
 
@@ -117,7 +117,8 @@ class OnnxGenerator:
             rows_of = logits[[i - predicted[0] for i in predicted]].astype(np.float64)  # (N, vocabulary)
             highest = rows_of.max(-1, keepdims=True)
             norms = np.log(np.exp(rows_of - highest).sum(-1)) + highest[:, 0]
-            yield (norms - rows_of[np.arange(len(predicted)), [labels[i] for i in predicted]]).tolist()
+            losses = norms - rows_of[np.arange(len(predicted)), [labels[i] for i in predicted]]
+            yield [Prediction(*pair) for pair in zip(losses.tolist(), rows_of.argmax(-1).tolist(), strict=True)]
 
     def _logits_from(self, ids: Sequence[int], start: int) -> Any:
         """float32 logits (len(ids) - start, vocabulary) after each of `ids` from `start` on, in one go where the graph gives them."""

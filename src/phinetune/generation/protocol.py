@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from phinetune.model.contract import PromptContract
 
@@ -32,6 +32,13 @@ LabelledIds = tuple[Sequence[int], Sequence[int]]
 """(ids, labels) of one example, equally long: -100 where the token is not learned, else the token's id."""
 
 
+class Prediction(NamedTuple):
+    """The negative log-likelihood, in nats, of a labelled token, and the token that the model would have chosen."""
+
+    loss: float
+    choice: int
+
+
 class Generator(Protocol):
     """A loaded model with its prompt contract."""
 
@@ -46,8 +53,8 @@ class Generator(Protocol):
         """Token ids of one answer as they come; a stop id, if it comes, is the last."""
         ...
 
-    def label_losses(self, rows: Sequence[LabelledIds]) -> Iterator[list[float]]:
-        """For each row, in order: the negative log-likelihood, in nats, of each token that has a label, given all before it."""
+    def predictions(self, rows: Sequence[LabelledIds]) -> Iterator[list[Prediction]]:
+        """For each row, in order: of each token that has a label, what the model says there, given all tokens before it."""
         ...
 
 

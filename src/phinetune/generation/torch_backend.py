@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phinetune.data.batches import padded_batch
-from phinetune.generation.protocol import Completion, LabelledIds, Sampling, completion
+from phinetune.generation.protocol import Completion, LabelledIds, Prediction, Sampling, completion
 from phinetune.model.contract import PromptContract
 
 _TOKENS = 2048  # of a batch whose losses are computed: there may be logits for every one of them
@@ -86,21 +86,21 @@ class TorchGenerator:
                 return
             ids = torch.tensor([[token]], device=self.model.device)
 
-    def label_losses(self, rows: Sequence[LabelledIds]) -> Iterator[list[float]]:
+    def predictions(self, rows: Sequence[LabelledIds]) -> Iterator[list[Prediction]]:
         """See `Generator`. Rows of like length share a batch, and logits are computed only where a label is predicted."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-        losses: dict[int, list[float]] = {}
+        found: dict[int, list[Prediction]] = {}
         waiting = 0
         while order:
             chosen = [order.pop()]  # the longest first: it sets the width
             while order and (len(chosen) + 1) * len(rows[chosen[0]][0]) <= _TOKENS and len(chosen) < self.batch_size:
                 chosen.append(order.pop())
-            losses.update(zip(chosen, self._losses([rows[i] for i in chosen]), strict=True))
-            while waiting in losses:
-                yield losses.pop(waiting)
+            found.update(zip(chosen, self._predictions([rows[i] for i in chosen]), strict=True))
+            while waiting in found:
+                yield found.pop(waiting)
                 waiting += 1
 
-    def _losses(self, rows: Sequence[LabelledIds]) -> list[list[float]]:
+    def _predictions(self, rows: Sequence[LabelledIds]) -> list[list[Prediction]]:
         import torch
         import torch.nn.functional as F
 
@@ -113,12 +113,13 @@ class TorchGenerator:
             return [[] for _ in rows]
         with torch.inference_mode(), head_only_at(self.model.get_output_embeddings(), positions):
             logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits  # (N, vocabulary)
-            found = F.cross_entropy(logits.float(), targets, reduction="none").tolist()
-        losses: list[list[float]] = [[] for _ in rows]
+            losses = F.cross_entropy(logits.float(), targets, reduction="none").tolist()
+            choices = logits.argmax(-1).tolist()
+        found: list[list[Prediction]] = [[] for _ in rows]
         width = batch["labels"].shape[1]
-        for position, loss in zip(positions.tolist(), found, strict=True):
-            losses[position // width].append(loss)
-        return losses
+        for position, loss, choice in zip(positions.tolist(), losses, choices, strict=True):
+            found[position // width].append(Prediction(loss, choice))
+        return found
 
 
 def choose(logits: Any, sampling: Sampling, generator: Any) -> int:

@@ -53,16 +53,7 @@ class Folder:
     @torch.no_grad()
     def fold(self, block: Tensor, start: int, stop: int) -> bool:
         """Fold rows `start` to `stop` of the change into `block` (those rows of W), in place. False if a value is not finite."""
-        if self.whole:
-            merged = torch.addmm(block.t().to(self.A.dtype), self.B, self.A, alpha=self.scaling)
-            merged = _to_length(merged, self.magnitude).t()
-        else:
-            if self.scratch is None or len(self.scratch) < stop - start:
-                self.scratch = torch.empty(stop - start, self.shape[1], dtype=self.A.dtype, device=block.device)
-            merged = self.scratch[: stop - start].copy_(block)
-            merged.addmm_(self.B[start:stop], self.A, alpha=self.scaling)
-            if self.magnitude is not None:
-                merged = _to_length(merged, self.magnitude[start:stop])
+        merged = self.merged(block, start, stop)
         rows = self._sampled(start, stop)
         before = block[rows].clone()
         block.copy_(merged)
@@ -70,6 +61,21 @@ class Folder:
         low, high = torch.aminmax(merged)
         limit = torch.finfo(self.dtype).max
         return bool(low >= -limit) and bool(high <= limit)  # a NaN is neither
+
+    @torch.no_grad()
+    def merged(self, block: Tensor, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` with the change folded in, in float32 or better; `block` is those rows of W, and stays as it is.
+
+        The result lies in memory that the next call uses again.
+        """
+        if self.whole:
+            whole = torch.addmm(block.t().to(self.A.dtype), self.B, self.A, alpha=self.scaling)
+            return _to_length(whole, self.magnitude).t()
+        if self.scratch is None or len(self.scratch) < stop - start:
+            self.scratch = torch.empty(stop - start, self.shape[1], dtype=self.A.dtype, device=block.device)
+        merged = self.scratch[: stop - start].copy_(block)
+        merged.addmm_(self.B[start:stop], self.A, alpha=self.scaling)
+        return merged if self.magnitude is None else _to_length(merged, self.magnitude[start:stop])
 
     def _sampled(self, start: int, stop: int, count: int = 2) -> Tensor:
         """The rows of a block that change most, counted from its start: rows of slices without factors say nothing."""
@@ -106,9 +112,9 @@ def fold(
     """
     flat = weight.detach().flatten(1)
     folder = Folder((flat.shape[0], flat.shape[1]), weight.dtype, lora_A, lora_B, scaling, magnitude, transposed)
-    result = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
+    result = torch.empty_like(flat, memory_format=torch.contiguous_format)
     for start, stop in folder.blocks():
-        folder.fold(result[start:stop], start, stop)
+        result[start:stop] = folder.merged(flat[start:stop], start, stop)
     return torch.empty_like(weight).copy_(result.view(weight.shape))
 
 

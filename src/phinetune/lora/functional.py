@@ -17,6 +17,10 @@ float32 factors on a bfloat16 base it also keeps a float32 copy of x. `LoraLinea
 where m is the dropout mask already divided by 1 - p (all ones without dropout). The factors are cast to x's dtype for the products
 and their gradients come back in the factors' own dtype. A quantized W is made dense for each product and never kept.
 
+With `folded`, the weight handed in holds the change already, such as W + s B A rounded to the grid that the model will be shipped on.
+Then y = x Wᵀ + b and dx = g W, while A and B get the gradients above, as if rounding were not there (the straight-through estimator,
+Bengio et al. 2013, section 4).
+
 Not here: parameters, module names, where layers sit in a model.
 """
 
@@ -44,10 +48,14 @@ def lora_linear_reference(
     scaling: float,
     mask: Tensor | None = None,
     spans: Spans | None = None,
+    folded: bool = False,
 ) -> Tensor:
     """The definition, in plain torch: what `lora_linear` must equal. Shapes as there."""
-    dropped = x if mask is None else x * mask
     y = F.linear(x, dense(weight, x.dtype), bias)
+    if folded:  # the factors' part counts for nothing but their gradients
+        part = lora_linear_reference(x.detach(), torch.zeros_like(weight), None, lora_A, lora_B, scaling, mask, spans)
+        return y + (part - part.detach())
+    dropped = x if mask is None else x * mask
     if spans is None or spans == ((0, y.shape[-1]),):
         return y + scaling * F.linear(F.linear(dropped, lora_A.to(x.dtype)), lora_B.to(x.dtype))
     parts, end = [], 0
@@ -67,17 +75,18 @@ def lora_linear(
     scaling: float,
     mask: Tensor | None = None,
     spans: Spans | None = None,
+    folded: bool = False,
 ) -> Tensor:
     """x (..., in) -> (..., out), with gradients for whichever of x, weight, bias, lora_A and lora_B ask for one.
 
     weight (out, in), or a 4-bit weight of bitsandbytes; bias (out); lora_A (slices · r, in); lora_B (adapted rows, r). mask, if given,
-    has x's shape and dtype and is the dropout mask divided by 1 - p. Neither shape nor dtype of x is changed; under autocast everything
+    has x's shape and dtype and is the dropout mask divided by 1 - p. folded: the change is in `weight` already. Neither shape nor dtype of x is changed; under autocast everything
     is computed in autocast's dtype, as `torch.nn.functional.linear` does.
     """
     spans, kind = spans or ((0, lora_B.shape[0]),), x.device.type
     if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
         return lora_linear_reference(
-            x, weight, bias, lora_A, lora_B, scaling, mask, spans
+            x, weight, bias, lora_A, lora_B, scaling, mask, spans, folded
         )  # vmap, jvp, tracing: plain torch
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
@@ -85,7 +94,7 @@ def lora_linear(
         weight = weight if is_quantized(weight) else weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
-        operands = (x, weight, bias, lora_A, lora_B, scaling, mask, spans)
+        operands = (x, weight, bias, lora_A, lora_B, scaling, mask, spans, folded)
         if not torch.is_grad_enabled():
             return _forward(*operands)[0]
         result: Tensor = LoraLinearFunction.apply(*operands)  # type: ignore[no-untyped-call]
@@ -101,6 +110,7 @@ def _forward(
     scaling: float,
     mask: Tensor | None,
     spans: Spans,
+    folded: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y (..., out), x̃ Aᵀ (N, slices · r), A and B in x's dtype)."""
     flat = x.reshape(-1, x.shape[-1])  # (N, in)
@@ -110,6 +120,8 @@ def _forward(
         x, dense(weight, x.dtype), bias
     )  # (..., out), no view of another tensor: models may change it in place
     rows = y.view(-1, y.shape[-1])
+    if folded:
+        return y, down, A, B
     for (start, stop), low, high in _slices(spans, B.shape[1]):
         rows[:, start:stop].addmm_(down[:, low], B[high].t(), alpha=scaling)
     return y, down, A, B
@@ -127,11 +139,11 @@ class LoraLinearFunction(torch.autograd.Function):
     """See the module's head for the derivation; `gradcheck` and `gradgradcheck` in the tests keep it true."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, mask, spans):  # type: ignore[no-untyped-def]
-        y, down, A, B = _forward(x, weight, bias, lora_A, lora_B, scaling, mask, spans)
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, mask, spans, folded):  # type: ignore[no-untyped-def]
+        y, down, A, B = _forward(x, weight, bias, lora_A, lora_B, scaling, mask, spans, folded)
         ctx.quantized = weight if is_quantized(weight) else None  # its dense form is made again when it is needed
         ctx.save_for_backward(x, None if ctx.quantized is not None else weight, lora_A, lora_B, A, B, down, mask)
-        ctx.scaling, ctx.spans = scaling, spans
+        ctx.scaling, ctx.spans, ctx.folded = scaling, spans, folded
         return y
 
     @staticmethod
@@ -150,7 +162,9 @@ class LoraLinearFunction(torch.autograd.Function):
         grad_x = grad_W = grad_b = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
             grad_flat = g @ dense(weight, g.dtype)
-            if flat_mask is None:
+            if ctx.folded:
+                pass
+            elif flat_mask is None:
                 grad_flat = grad_flat.addmm_(up, A, alpha=ctx.scaling)
             else:
                 grad_flat = grad_flat.addcmul_(flat_mask, up @ A, value=ctx.scaling)
@@ -164,4 +178,4 @@ class LoraLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             cut = g.t() @ down if one else torch.cat([g[:, a:b].t() @ down[:, low] for (a, b), low, _ in slices])
             grad_B = cut.to(lora_B.dtype).mul_(ctx.scaling)
-        return grad_x, grad_W, grad_b, grad_A, grad_B, None, None, None
+        return grad_x, grad_W, grad_b, grad_A, grad_B, None, None, None, None

@@ -23,7 +23,7 @@ from phinetune.lora.frozen import dense, is_quantized
 from phinetune.lora.functional import lora_linear_reference
 from phinetune.lora.fused import PARTS
 from phinetune.lora.layer import LoRALayer
-from phinetune.lora.linear import Linear
+from phinetune.lora.linear import Linear, frozen_or_folded
 from phinetune.model.fast import FastPaths
 
 _TOGETHER = (*dict.fromkeys(PARTS.values()), ("query", "key", "value"), ("w1", "w3"))
@@ -38,10 +38,10 @@ def shared_linears_reference(x: Tensor, layers: list[Linear]) -> list[Tensor]:
 
 
 class SharedInputFunction(torch.autograd.Function):
-    """(x (..., in), scalings, then W (out_i, in), b (out_i) | None, A (r_i, in), B (out_i, r_i) of each layer) -> y_i (..., out_i)."""
+    """(x (..., in), scalings, folded, then W (out_i, in), b (out_i) | None, A (r_i, in), B (out_i, r_i) of each) -> y_i (..., out_i)."""
 
     @staticmethod
-    def forward(ctx, x, scalings, *tensors):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, scalings, folded, *tensors):  # type: ignore[no-untyped-def]
         parts = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
         A = torch.cat([a for _, _, a, _ in parts]).to(x.dtype)  # (sum of ranks, in)
@@ -50,13 +50,14 @@ class SharedInputFunction(torch.autograd.Function):
         results, start = [], 0
         for (weight, bias, a, _), B, scaling in zip(parts, Bs, scalings, strict=True):
             y = F.linear(x, dense(weight, x.dtype), bias)
-            y.view(-1, y.shape[-1]).addmm_(down[:, start : start + len(a)], B.t(), alpha=scaling)
+            if not folded:
+                y.view(-1, y.shape[-1]).addmm_(down[:, start : start + len(a)], B.t(), alpha=scaling)
             results.append(y)
             start += len(a)
         ctx.weights = [weight for weight, *_ in parts if is_quantized(weight)]
         plain = [weight for weight, *_ in parts] if not ctx.weights else []
         ctx.save_for_backward(flat, down, A, *Bs, *plain)
-        ctx.scalings, ctx.shape = scalings, x.shape
+        ctx.scalings, ctx.folded, ctx.shape = scalings, folded, x.shape
         ctx.ranks, ctx.dtypes = [len(a) for _, _, a, _ in parts], [(a.dtype, b.dtype) for _, _, a, b in parts]
         ctx.set_materialize_grads(False)
         return tuple(results)
@@ -81,17 +82,17 @@ class SharedInputFunction(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 W = dense(weights[i], one.dtype)
                 grad_x = one @ W if grad_x is None else grad_x.addmm_(one, W)
-            needs = ctx.needs_input_grad[2 + 4 * i : 6 + 4 * i]
+            needs = ctx.needs_input_grad[3 + 4 * i : 7 + 4 * i]
             grad_B = (one.t() @ down[:, columns]).to(ctx.dtypes[i][1]).mul_(ctx.scalings[i]) if needs[3] else None
             result += [one.t() @ flat if needs[0] else None, one.sum(0) if needs[1] else None, columns, grad_B]
         if grad_x is not None:
-            grad_x = grad_x.addmm_(U, A).view(ctx.shape)
+            grad_x = (grad_x if ctx.folded else grad_x.addmm_(U, A)).view(ctx.shape)
         grad_A = U.t() @ flat
         for i in range(n):
             columns = result[4 * i + 2]
             if columns is not None:
                 result[4 * i + 2] = grad_A[columns].to(ctx.dtypes[i][0])
-        return grad_x, None, *result
+        return grad_x, None, None, *result
 
 
 class SharedInput:
@@ -111,9 +112,13 @@ class SharedInput:
             return y
         if layer is not self.layers[0] or not _ordinary(x) or not all(_plain(one) for one in self.layers):
             return None
-        operands = [t for one in self.layers for t in (one.weight, one.bias, one.lora_A, one.lora_B)]
+        weights, folded = zip(*(frozen_or_folded(one) for one in self.layers), strict=True)
+        if len(set(folded)) > 1:
+            return None
+        pairs = zip(weights, self.layers, strict=True)
+        operands = [t for weight, one in pairs for t in (weight, one.bias, one.lora_A, one.lora_B)]
         scalings = tuple(one.scaling for one in self.layers)
-        results = SharedInputFunction.apply(x, scalings, *operands)  # type: ignore[no-untyped-call]
+        results = SharedInputFunction.apply(x, scalings, folded[0], *operands)  # type: ignore[no-untyped-call]
         self._ready = {id(one): y for one, y in zip(self.layers[1:], results[1:], strict=True)}
         self._input = x
         first: Tensor = results[0]

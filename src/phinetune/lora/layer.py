@@ -40,6 +40,8 @@ class LoRALayer:
     merged: bool
     arithmetic = staticmethod(lora_linear)
     """What a linear layer computes with; `lora_linear_reference` is the slow way to the same."""
+    rounding: Any = None
+    """Trained for the grid that the model is shipped on: the merged weight, rounded (`rounding.py`); None without."""
     plain: nn.Module | None = None
     """The layer of the model that this one stands for, sharing its weight; None for a layer built by hand."""
     lora_magnitude_vector: nn.Parameter | None

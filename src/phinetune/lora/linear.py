@@ -108,11 +108,11 @@ class Linear(LoRALayer, nn.Linear):
             ready: Tensor | None = self.shared.take(self, input)
             if ready is not None:
                 return ready
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        weight, folded = frozen_or_folded(self)
         A, B = self.factors()
         mask = self.dropout_mask(input)
         if self.lora_magnitude_vector is None:
-            return self.arithmetic(input, weight, self.bias, A, B, self.scaling, mask)
+            return self.arithmetic(input, weight, self.bias, A, B, self.scaling, mask, None, folded)
         y = self.arithmetic(input, weight, None, A, B, self.scaling, mask) * dora_scale(self).to(input.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -226,12 +226,21 @@ class MergedLinear(LoRALayer, nn.Linear):
         if self.merged or self.r == 0 or not self.spans:
             weight = dense(self.weight, input.dtype)
             return F.linear(input, weight.t() if self.fan_in_fan_out else weight, self.bias)
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        weight, folded = frozen_or_folded(self)
         mask = self.dropout_mask(input)
-        return self.arithmetic(input, weight, self.bias, self.lora_A, self.lora_B, self.scaling, mask, self.spans)
+        A, B = self.lora_A, self.lora_B
+        return self.arithmetic(input, weight, self.bias, A, B, self.scaling, mask, self.spans, folded)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, slices={self.slices}, enable_lora={self.enable_lora}"
+
+
+def frozen_or_folded(layer: Linear | MergedLinear) -> tuple[Tensor, bool]:
+    """(the weight to multiply with, (out, in); whether the change is in it): W itself, or, trained for a grid, W + s B A rounded."""
+    if layer.rounding is not None:
+        weight: Tensor = layer.rounding.weight(layer)
+        return weight, True
+    return layer.weight.t() if layer.fan_in_fan_out else layer.weight, False
 
 
 def _switches(enable_lora: Any) -> list[bool]:

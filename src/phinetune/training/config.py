@@ -19,6 +19,7 @@ from phinetune.data.order import WAYS
 from phinetune.errors import ConfigError, did_you_mean
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.model.fast import FastPaths, read_fast_paths
+from phinetune.model.grid import Grid, read_grid
 from phinetune.training.checkpointing import CHECKPOINTING_KEYS, LayerCount, read_checkpointing
 from phinetune.training.optimizers import available_optimizer
 
@@ -74,6 +75,7 @@ OWN_KEYS = (
     "reference",
     "keep_freed_memory",
     "skip_memory_check",
+    "int4_aware",
     *CHECKPOINTING_KEYS,
 )
 """Keys of training_config that finetune itself takes."""
@@ -97,6 +99,8 @@ class TrainingPlan:
     checkpoint_options: dict[str, Any] = field(default_factory=dict)
     keep_freed_memory: bool = True
     """On a CPU: freed blocks stay with the process from step to step (`phinetune.model.memory`)."""
+    grid: Grid | None = None
+    """Train for this grid: every product is with the merged weight as int4 will have it (`phinetune.lora.rounding`)."""
     skip_memory_check: bool = False
     """Train even if the forecast says that the memory is not enough."""
 
@@ -156,6 +160,11 @@ def _read_own(own: dict[str, Any], values: dict[str, Any], problems: list[str], 
         fast_paths = read_fast_paths(own.get("fast_paths"), "training_config.fast_paths")
     except ConfigError as error:
         problems += error.problems
+    grid = None
+    try:
+        grid = read_grid(own.get("int4_aware"), "training_config.int4_aware")
+    except ConfigError as error:
+        problems += error.problems
     for key in ("reference", "keep_freed_memory", "skip_memory_check"):
         if not isinstance(own.get(key, False), bool):
             problems.append(f"training_config.{key}: must be true or false (found: {own[key]!r})")
@@ -196,6 +205,7 @@ def _read_own(own: dict[str, Any], values: dict[str, Any], problems: list[str], 
         resume_from_checkpoint=own.get("resume_from_checkpoint"),
         layout=own.get("layout", "auto"),
         fast_paths=fast_paths,
+        grid=grid,
         order=order,
         checkpoint_layers=checkpointing[0],
         checkpoint_options=checkpointing[1],

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from phinetune.lora.config import LoraConfig
+from phinetune.lora.rounding import forget_rounded
 from phinetune.model.fast import FastPaths
+from phinetune.model.grid import Grid
 from phinetune.model.load import LoadPlan
 from phinetune.training.checkpointing import LayerCount, checkpoint_layers
 from phinetune.training.estimate_model import build_on_meta, quantization_tensors, without_numbers
@@ -60,6 +62,8 @@ class StepSettings:
     """Several batches a step: the gradients of those before are there already."""
     label_smoothing: float = 0.0
     fast_paths: FastPaths = field(default_factory=FastPaths)
+    grid: Grid | None = None
+    """Trained for this grid."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class StepEstimator:
 
     def __init__(self, settings: StepSettings) -> None:
         self.settings = settings
-        whole = build_on_meta(settings.config, settings.load, settings.lora, settings.fast_paths)
+        whole = build_on_meta(settings.config, settings.load, settings.lora, settings.fast_paths, settings.grid)
         depth = settings.config.get_text_config().num_hidden_layers
         self._alike = depth > 3 and _layers_are_alike(whole, settings)
         self._depth = depth
@@ -126,9 +130,12 @@ class StepEstimator:
     def _trace(self, layers: int, batch: dict[str, Tensor], count: LayerCount) -> StepTrace:
         settings = self.settings
         if layers not in self._models:
-            built = build_on_meta(settings.config, settings.load, settings.lora, settings.fast_paths, layers)
+            built = build_on_meta(
+                settings.config, settings.load, settings.lora, settings.fast_paths, settings.grid, layers
+            )
             self._models[layers] = without_numbers(built)
         model = self._models[layers]
+        forget_rounded(model)
         checkpoint_layers(model, count, settings.checkpoint_options, lambda event: None)
         return trace_step(model, batch, settings.accumulates, settings.label_smoothing, settings.fast_paths)
 

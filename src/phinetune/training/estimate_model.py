@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from phinetune.lora.config import LoraConfig
 from phinetune.lora.group import choose_arithmetic
 from phinetune.lora.injection import inject
+from phinetune.lora.rounding import round_model
 from phinetune.model.fast import FastPaths, speed_up
+from phinetune.model.grid import Grid
 from phinetune.model.load import LoadPlan, quiet_transformers
 from phinetune.model.quantized import BLOCK, Quantization, quiet_bitsandbytes
 
@@ -26,7 +28,12 @@ _SCALES_BLOCK = 256
 
 
 def build_on_meta(
-    config: Any, plan: LoadPlan, lora: LoraConfig, fast_paths: FastPaths, layers: int | None = None
+    config: Any,
+    plan: LoadPlan,
+    lora: LoraConfig,
+    fast_paths: FastPaths,
+    grid: Grid | None = None,
+    layers: int | None = None,
 ) -> nn.Module:
     """The model of `config` with `lora` put in, on the meta device, in train mode; `layers` replaces the number of decoder layers.
 
@@ -57,6 +64,8 @@ def build_on_meta(
     )  # the same shapes, and no weights to look at
     inject(model, replace(lora, init_lora_weights=start, loftq_config={}), on_event=lambda event: None)
     choose_arithmetic(model, fast_paths)
+    if grid is not None:
+        round_model(model, grid, plan.dtype)
     trained: nn.Module = model.train()
     return trained
 

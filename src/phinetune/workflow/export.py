@@ -21,7 +21,10 @@ from phinetune.exporting.options import check_options, installed_builder
 from phinetune.generation.load import adapter_base, find
 from phinetune.model.contract import Probe, PromptContract
 from phinetune.model.folder import base_key, weight_files
+from phinetune.model.grid import read_grid
 from phinetune.workflow.merge import INHERITED, adapter_key, merge
+from phinetune.workflow.quantize import choose_ways, put_codes
+from phinetune.workflow.survival import check_answers, check_weights, reference_answers, worst_layers
 
 _TRAINING_PROMPTS = 200  # prompts of the training whose token ids are compared with ONNX Runtime's
 FP_TOLERANCE = {
@@ -29,7 +32,7 @@ FP_TOLERANCE = {
     "fp16": 0.25,
     "bf16": 2.0,
 }  # largest difference of logits from torch's that a floating point build may show
-_VERSION = 2  # of what is built for a config; one more when a default changes
+_VERSION = 3  # of what is built for a config; one more when a default changes
 
 
 def parse_export_config(config: dict[str, Any] | ExportConfig | None) -> ExportConfig:
@@ -87,10 +90,69 @@ def export(
                 str(source), partial / "merged", base_model, trust_remote_code=trust_remote_code, on_event=on_event
             ).folder
         record["verified"] = build_verified(source, partial, config, made_from, trust_remote_code, on_event)
+        if config.quantized and config.answers_prompts:
+            job = _Codes(source, partial, config, made_from, base_model, trust_remote_code, on_event)
+            record["survival"] = job.settle()
         shutil.rmtree(partial / "merged", ignore_errors=True)
     sure = "" if "not_verified" in record["verified"] else "; options, token ids, stop ids and loading verified"
     on_event(Note(f"ONNX {config.precision}: written to {folder}{sure}"))
     return StageFolder(folder, read_manifest(folder))
+
+
+class _Codes:
+    """The integers of a folder that was built and verified: which way they are computed, and what they left of the fine-tuning."""
+
+    def __init__(
+        self,
+        source: Path,
+        folder: Path,
+        config: ExportConfig,
+        made_from: dict[str, Any],
+        base_model: str | None,
+        trust_remote_code: bool,
+        on_event: OnEvent,
+    ) -> None:
+        from phinetune.model.load import load_base_contract
+
+        self.source, self.folder, self.config, self.made_from = source, folder, config, made_from
+        self.base_model, self.trust, self.on_event = base_model, trust_remote_code, on_event
+        self.contract = load_base_contract(source, trust_remote_code)
+
+    def settle(self) -> dict[str, Any]:
+        """Try one way after another until the fine-tuning survives; figures for the manifest. Raises ExportError if it does with none."""
+        grid = read_grid(self.made_from.get("grid"), "manifest.json: grid")
+        choice = choose_ways(self.config, self.source, grid, self.made_from, self.contract, self.on_event)
+        reference = reference_answers(self.source, self.made_from, self.contract, self.trust, self.on_event)
+        if isinstance(reference, str):
+            self.on_event(Note(f"export: answers before and after are not compared: {reference}"))
+        tried: list[dict[str, Any]] = []
+        for i, way in enumerate(choice.ways):
+            if way != "default" or i:  # the builder's own codes are in the graph already
+                put_codes(self.source, self.folder, self.config, way, choice.rows, self.trust, self.on_event)
+            why = choice.reason if not i else f"{choice.ways[i - 1]} lost too much"
+            self.on_event(Note(f"export: codes by {way}{f' ({why})' if why else ''}"))
+            figures, problems = self.gauge(reference)
+            tried.append({"way": way, "why": why, **figures, **({"problems": problems} if problems else {})})
+            if not problems:
+                return {**tried[-1], **({"tried": [t["way"] for t in tried]} if i else {})}
+        texts = [f"{t['way']}: {problem}" for t in tried for problem in t["problems"]]
+        worst = next((w for t in tried if (w := worst_layers(t.get("weights", {})))), "")
+        raise ExportError(
+            [f"{self.config.precision}: {text}" for text in texts],
+            f"{f'least survives in {worst}; ' if worst else ''}train with training_config.int4_aware=true, take precision int8, "
+            "or allow more with export.max_drop",
+        )
+
+    def gauge(self, reference: Any) -> tuple[dict[str, Any], list[str]]:
+        """(figures, problems) of the folder as it is now."""
+        from phinetune.generation.onnx_backend import load_onnx
+
+        weights, problems = check_weights(self.source, self.folder, self.base_model, self.trust, self.on_event)
+        figures: dict[str, Any] = {"weights": weights} if weights else {}
+        if not isinstance(reference, str) and self.config.execution_provider == "cpu":
+            figures["answers"], lost = check_answers(reference, load_onnx(self.folder), self.config, self.on_event)
+            problems += [lost] if lost else []
+        return figures, problems
 
 
 def check_export(config: ExportConfig, base: Path, trust_remote_code: bool = False) -> None:

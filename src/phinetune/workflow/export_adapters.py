@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,8 @@ def export_adapters(
     anything is built; ExportError for a folder that is not what was asked for, and leaves nothing.
     """
     config = parse_export_config(export_config)
+    if config.algorithm == "auto":  # factors go over the codes that each of them was measured with
+        config = replace(config, algorithm="default")
     check_formats(formats)
     _check_config(config)
     check_builder()

@@ -34,8 +34,9 @@ from phinetune.events import Note, OnEvent, log_event
 from phinetune.libraries import import_libraries
 from phinetune.lora.config import LoraConfig
 from phinetune.model.contract import PromptContract
-from phinetune.model.fast import FastPaths, compile_layers, speed_up, uses_blocks
-from phinetune.model.folder import base_key, resolve_model
+from phinetune.model.fast import compile_layers, speed_up, uses_blocks
+from phinetune.model.folder import base_key, resolve_model, stored_dtype
+from phinetune.model.grid import record_grid
 from phinetune.model.load import LoadPlan, load_base_contract, load_model, plan_load, read_model_config
 from phinetune.model.memory import keep_freed_memory
 from phinetune.training.checkpointing import check_layer_count
@@ -86,7 +87,7 @@ def finetune(
 
     import_libraries("datasets", "transformers.trainer")
     first_plan = plan_load(base, asked.model_kwargs, on_event=lambda event: None)
-    check_start(asked.lora, first_plan)  # its problems, too, come before the data's long reading
+    check_start(asked.lora, first_plan, asked.training.grid)  # its problems, too, come before the data's long reading
     config = read_model_config(base, first_plan.trust_remote_code)
     check_layer_count(asked.training.checkpoint_layers, getattr(config.get_text_config(), "num_hidden_layers", None))
     contract = load_base_contract(base, bool(asked.model_kwargs.get("trust_remote_code", False)))
@@ -113,7 +114,7 @@ def finetune(
         from phinetune.training.layout import choose_layout
 
         fast = asked.training.fast_paths
-        session = _Session(base, name, contents["base_key"], load_plan, asked.lora, fast, arguments.seed, on_event)
+        session = _Session(base, name, contents["base_key"], load_plan, asked, arguments.seed, on_event)
         checkpoint_layers(
             session.model, asked.training.checkpoint_layers or 0, asked.training.checkpoint_options, on_event
         )
@@ -202,8 +203,7 @@ class _Session:
         name: str,
         key: str,
         plan: LoadPlan,
-        lora: LoraConfig,
-        fast: FastPaths,
+        asked: TrainingRequest,
         seed: int,
         on_event: OnEvent,
     ) -> None:
@@ -212,7 +212,10 @@ class _Session:
         from phinetune.lora.group import choose_arithmetic
         from phinetune.lora.injection import inject
         from phinetune.lora.layer import lora_size
+        from phinetune.lora.rounding import round_model
         from phinetune.workflow.original import OriginalWeights
+
+        lora, fast, self.grid = asked.lora, asked.training.fast_paths, asked.training.grid
 
         self.model, self.name, self.base_key = speed_up(load_model(base, plan), fast, on_event), name, key
         self.quantization = plan.quantization
@@ -220,6 +223,8 @@ class _Session:
         original = OriginalWeights(base) if lora.init_lora_weights == "loftq" else None
         self.adapter = inject(self.model, lora, original, on_event)
         choose_arithmetic(self.model, fast)
+        if self.grid is not None:
+            round_model(self.model, self.grid, stored_dtype(base))
         if fast.compiled:
             compile_layers(self.model, on_event)
         self.model.train()
@@ -266,4 +271,5 @@ class _Session:
         facts = {"size": asdict(self.size), "dtype": str(self.model.dtype)[6:]}
         logits = record_logits(probe_logits(self.model, contract))
         quantization = {"quantization": record(self.quantization, self.model)} if self.quantization else {}
-        return {**facts, "probe_logits": logits, **quantization}
+        grid = {"grid": record_grid(self.grid)} if self.grid is not None else {}
+        return {**facts, "probe_logits": logits, **quantization, **grid}

@@ -65,7 +65,7 @@ def plan(
         data, eval_data, training_config, peft_config, model_kwargs, output_dir or "-", overwrite, on_event
     )
     base = resolve_description(model, asked.model_kwargs, on_event)
-    check_start(asked.lora, plan_load(base, asked.model_kwargs, on_event=lambda event: None))
+    check_start(asked.lora, plan_load(base, asked.model_kwargs, on_event=lambda event: None), asked.training.grid)
     trust = bool(asked.model_kwargs.get("trust_remote_code", False))
     contract = load_base_contract(base, trust).with_chat_template(asked.data.chat_template)
     train, test, _ = read_examples(asked, contract, on_event)
@@ -263,7 +263,7 @@ class TrainingForecast:
                 StepSettings(
                     self.config, replace(self.load, quantization=variant.quantization), self.asked.lora,
                     variant.checkpoint_layers, self.asked.training.checkpoint_options, variant.optimizer,
-                    variant.accumulation > 1, self.arguments.label_smoothing_factor, self.asked.training.fast_paths,
+                    variant.accumulation > 1, self.arguments.label_smoothing_factor, self.asked.training.fast_paths, self.asked.training.grid,
                 )
             )  # fmt: skip
         return self._estimators[key]

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shutil
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +27,7 @@ from phinetune.artifact import (
 )
 from phinetune.errors import AdapterError, ConfigError, ModelError
 from phinetune.events import Note, OnEvent, log_event
-from phinetune.generation.load import adapter_base, adapter_contract, find, trained_overrides
+from phinetune.generation.load import adapter_base, adapter_contract, find, round_as_trained, trained_overrides
 from phinetune.model.compute import available_memory
 from phinetune.model.contract import PromptContract
 from phinetune.model.folder import base_key, stored_dtype, weight_files
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from phinetune.lora.injection import Adapter
     from phinetune.lora.stream import MergeReport
 
-INHERITED = ("base_model", "base_key", "data", "data_sha256", "eval_data", "eval_data_sha256")
+INHERITED = ("base_model", "base_key", "data", "data_sha256", "eval_data", "eval_data_sha256", "grid")
 """What later stages take over from the adapter's manifest."""
 Base = Literal["auto", "original", "dequantized"]
 
@@ -90,6 +91,24 @@ def adapter_key(folder: Path) -> str:
     if missing:
         raise AdapterError(missing, "give the output folder of finetune")
     return file_hash(*files)
+
+
+def weight_reader(
+    adapter: Path, base: Path, policy: str, trust_remote_code: bool = False
+) -> Callable[[str], torch.Tensor]:
+    """What reads a weight of `adapter`'s base model by its name, as merging by `policy` ("original", "dequantized") finds it."""
+    from phinetune.lora.shards import Layout
+    from phinetune.model.load import tied_embeddings
+
+    layout, tied = Layout(weight_files(base)[0]), tied_embeddings(base, trust_remote_code)
+    job = _Merge(adapter, base, read_manifest(adapter), trust_remote_code, lambda event: None)
+
+    def read(name: str) -> torch.Tensor:
+        stored = layout.read(name if name in layout.file_of else tied.get(name, name))
+        with quiet_bitsandbytes():
+            return job.restore(name, stored) if policy == "dequantized" else stored
+
+    return read
 
 
 class _Merge:
@@ -215,6 +234,7 @@ class _Merge:
             plan = dataclasses.replace(plan, dtype=dtype, quantization=self.asked_quantization())
         model = load_model(self.base, plan)
         adapter = load_adapter(model, self.adapter)
+        round_as_trained(model, self.adapter, self.base)
         return model.eval(), adapter
 
     def plan(self, dtype: torch.dtype) -> Any:
@@ -265,7 +285,9 @@ class _Merge:
         adapter.take_out(model)
         plain = probe_logits(model, self.contract)
         del model, adapter
-        merged = probe_logits(load_model(target, self.plan(stored_dtype(target))), self.contract)
+        whole = load_model(target, self.plan(stored_dtype(target)))
+        round_as_trained(whole, self.adapter, target)
+        merged = probe_logits(whole, self.contract)
         moved, lost = float((adapted - plain).abs().max()), float((merged - adapted).abs().max())
         if moved and lost > moved / 2:
             raise ModelError(

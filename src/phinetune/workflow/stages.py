@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -224,8 +224,10 @@ def _export(config_of: Callable[[Any], ExportConfig]) -> Callable[[PassJob, Path
     def run(job: PassJob, folder: Path) -> None:
         from phinetune.workflow.export import export
 
-        trust = bool(job.model_kwargs.get("trust_remote_code", False))
-        export(job.input, folder, config_of(job.config), trust_remote_code=trust, overwrite=True, on_event=job.on_event)
+        config, trust = config_of(job.config), bool(job.model_kwargs.get("trust_remote_code", False))
+        if config.max_drop is None:  # what is lost is for the workflow's evaluators and goals to judge
+            config = replace(config, max_drop="any")
+        export(job.input, folder, config, trust_remote_code=trust, overwrite=True, on_event=job.on_event)
 
     return run
 

@@ -18,6 +18,7 @@ from phinetune.errors import ConfigError
 from phinetune.events import Note, OnEvent
 from phinetune.lora.config import LoraConfig, parse_lora_config
 from phinetune.model.contract import PromptContract
+from phinetune.model.grid import Grid, record_grid
 from phinetune.model.load import LoadPlan
 from phinetune.training.config import TrainingPlan, read_training_config
 
@@ -117,6 +118,7 @@ def request_key(asked: TrainingRequest, contents: dict[str, str]) -> str:
         plan.order,
         kwargs,
         *evaluated,
+        *([] if plan.grid is None else [record_grid(plan.grid)]),
     )
 
 
@@ -125,6 +127,8 @@ def request_settings(asked: TrainingRequest) -> dict[str, Any]:
     kwargs = {k: str(v) for k, v in asked.model_kwargs.items() if k not in _SECRET}
     layers = asked.training.checkpoint_layers
     training = {k: v for k, v in asked.training.values.items() if k not in _SECRET}
+    if asked.training.grid is not None:
+        training["int4_aware"] = record_grid(asked.training.grid)
     if asked.training.order != "auto":
         training["train_sampling_strategy"] = asked.training.order
     return {
@@ -136,8 +140,12 @@ def request_settings(asked: TrainingRequest) -> dict[str, Any]:
     }
 
 
-def check_start(lora: LoraConfig, plan: LoadPlan) -> None:
-    """Raises ConfigError for factors that start at what 4 bits took, where there are no 4 bits."""
+def check_start(lora: LoraConfig, plan: LoadPlan, grid: Grid | None = None) -> None:
+    """Raises ConfigError for what peft_config asks of a base or a grid that cannot give it."""
+    if grid is not None and (lora.use_dora or lora.lora_dropout):
+        texts = {"use_dora": lora.use_dora, "lora_dropout": lora.lora_dropout}
+        problems = [f"peft_config.{k}: not with training_config.int4_aware" for k, given in texts.items() if given]
+        raise ConfigError(problems, "the factors are in the rounded weight, where neither has a place")
     if lora.init_lora_weights == "loftq" and plan.quantization is None:
         raise ConfigError(
             'peft_config.init_lora_weights: "loftq" is for a base model in 4 bits', "set model_kwargs.load_in_4bit=true"

@@ -1,0 +1,162 @@
+"""Better codes for a built graph: which way to integers is taken, on which examples, and proof that its codes are what the graph holds.
+
+The builder has rounded every weight to the nearest code. Where another way is asked for, or `auto` finds one better, its codes are
+computed for the plain model that was built and put into the graph, which is then read back and compared. Not here: the ways
+(`exporting.ways`), the graph's files (`exporting.codes`), what became of the fine-tuning (`survival.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from phinetune.errors import ConfigError, DataError, ExportError
+from phinetune.events import Event, Note, OnEvent, log_event
+from phinetune.exporting.config import ExportConfig
+from phinetune.exporting.ways import OWN_WAYS, Way
+from phinetune.model.compute import available_memory
+from phinetune.model.contract import PromptContract
+from phinetune.model.folder import stored_dtype, weight_files
+from phinetune.model.grid import Grid
+from phinetune.workflow.held_out import choose_examples
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The ways to integers that are tried, in order, why the first comes first, and the token ids of the examples of calibration."""
+
+    ways: tuple[Way, ...]
+    reason: str = ""
+    rows: Sequence[Sequence[int]] = field(default=(), repr=False)
+
+
+def choose_ways(
+    config: ExportConfig,
+    source: Path,
+    trained_grid: Grid | None,
+    manifest: dict[str, Any],
+    contract: PromptContract,
+    on_event: OnEvent = log_event,
+) -> Choice:
+    """The ways for the plain model in `source`, whose training `manifest` tells; more than one where the choice is ours (`auto`).
+
+    Raises DataError or ConfigError where the way that is asked for has no examples to be calibrated on.
+    """
+    asked: Any = config.algorithm
+    grid = config.grid
+    if asked not in (*OWN_WAYS, "auto") or grid is None:
+        return Choice(("default",))
+    if asked == "auto" and (reason := cannot(config, source)):
+        return Choice(("default",), reason)
+    if trained_grid not in (None, grid) or (trained_grid is not None and asked != "auto"):
+        text = f"the adapter was trained for {trained_grid}, which {grid} by {asked} is not"
+        on_event(Note(f"export: {text}; what it won by that is not kept", warning=True))
+    try:
+        rows = calibration_rows(config, manifest, contract)
+    except (ConfigError, DataError) as error:
+        if asked == "gptq" or config.calibration_data is not None:
+            raise
+        rows, missing = [], f"no examples to be calibrated on: {error.problems[0]}"
+    if asked != "auto":
+        return Choice((asked,), f"as asked, {len(rows)} examples" if rows else missing, rows)
+    others: tuple[Way, ...] = ("gptq", "searched") if rows else ("searched",)
+    if trained_grid == grid:
+        return Choice(("default", *others), "the adapter was trained for exactly these codes", rows)
+    return Choice(
+        (*others, "default"), f"calibrated on {len(rows)} examples of the training" if rows else missing, rows
+    )
+
+
+def cannot(config: ExportConfig, source: Path) -> str:
+    """Why the nearest codes are all that can be had for `source`; empty if others can."""
+    if config.use_qdq:
+        return "use_qdq: codes of DequantizeLinear stay the builder's"
+    if config.op_types_to_quantize is not None and "MatMul" not in config.op_types_to_quantize:
+        return "no products are quantized"
+    if uneven := [width for width in widths(source) if width % config.block_size]:
+        return f"blocks of {config.block_size} do not divide {uneven[0]} inputs"
+    return out_of_memory(source, bytes_each=2)
+
+
+def out_of_memory(source: Path, bytes_each: int) -> str:
+    """A sentence if the model in `source`, with `bytes_each` for each of its numbers, does not fit into the free memory; else empty."""
+    numbers = sum(f.stat().st_size for f in weight_files(source)[0]) // stored_dtype(source).itemsize
+    free = available_memory()
+    if free is None or numbers * bytes_each * 1.3 < free:
+        return ""
+    return f"the model does not fit into the free memory ({free / 1e9:.1f} GB)"
+
+
+def calibration_rows(config: ExportConfig, manifest: dict[str, Any], contract: PromptContract) -> list[list[int]]:
+    """Token ids of `config.calibration_examples` examples, prompts with answers: of `calibration_data`, else of the training.
+
+    Raises ConfigError where no data is known, DataError where there is none.
+    """
+    if config.calibration_data is not None:
+        part = choose_examples(config.calibration_data, "all", manifest, contract, config.calibration_examples, _nobody)
+    else:
+        part = choose_examples(None, "train", manifest, contract, config.calibration_examples, _nobody)
+    return [list(row["input_ids"]) for row in part.examples.table]
+
+
+def put_codes(
+    source: Path,
+    folder: Path,
+    config: ExportConfig,
+    way: Way,
+    rows: Sequence[Sequence[int]],
+    trust_remote_code: bool,
+    on_event: OnEvent,
+) -> None:
+    """Compute the codes of `way` for the model in `source` and put them into the graph in `folder`.
+
+    Raises ExportError if the graph does not then hold exactly these.
+    """
+    import torch
+
+    from phinetune.exporting.codes import GraphCodes
+    from phinetune.exporting.ways import codes_of, joined
+
+    graph, modules, grid = GraphCodes(folder), linear_rows(source), config.grid
+    if grid is None:
+        raise ExportError(f"{folder}: {config.precision} has no codes")
+    parts = graph.parts(modules, json.loads((source / "config.json").read_text(encoding="utf-8")))
+    used = {module for spans in parts.values() for module, _, _ in spans}
+    kept = [module for module in modules if module not in used]  # floating point in the graph
+    calibrated = rows if way != "default" else ()
+    codes = codes_of(source, way, grid, calibrated, kept, graph.scale_dtype, trust_remote_code, on_event)
+    new = {product: found for product, spans in parts.items() if (found := joined(codes, spans)) is not None}
+    if left := [product for product in graph.stored if product not in new]:
+        on_event(Note(f"export: {len(left)} products keep the nearest codes, as {left[0]}", warning=True))
+    graph.write(new)
+    again = GraphCodes(folder)
+    for product, asked in new.items():
+        found = again.read(product)
+        if not (torch.equal(found.codes, asked.codes) and torch.equal(found.scales, asked.scales)):
+            raise ExportError(f"{product}: the graph does not hold the codes that were put into it")
+
+
+def linear_rows(source: Path) -> dict[str, int]:
+    """Module -> rows, of every matrix in the model's files; the output layer also where it is the input embedding."""
+    from phinetune.lora.shards import Layout
+    from phinetune.model.load import tied_embeddings
+
+    shapes = Layout(weight_files(source)[0]).shapes()
+    for head, embedding in tied_embeddings(source).items():
+        shapes.setdefault(head, shapes[embedding])
+    return {n.removesuffix(".weight"): s[0] for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2}
+
+
+def widths(source: Path) -> list[int]:
+    """Numbers of columns of the matrices in the model's files."""
+    from phinetune.lora.shards import Layout
+
+    shapes = Layout(weight_files(source)[0]).shapes()
+    return sorted({s[1] for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2})
+
+
+def _nobody(event: Event) -> None:
+    """Listens to what has been said already."""
