@@ -24,7 +24,7 @@ from phinetune.model.folder import base_key, weight_files
 from phinetune.model.grid import read_grid
 from phinetune.workflow.merge import INHERITED, adapter_key, merge
 from phinetune.workflow.quantize import choose_ways, put_codes
-from phinetune.workflow.survival import check_answers, check_weights, reference_answers, worst_layers
+from phinetune.workflow.survival import Reference, check_answers, check_weights, reference_answers, worst_layers
 
 _TRAINING_PROMPTS = 200  # prompts of the training whose token ids are compared with ONNX Runtime's
 FP_TOLERANCE = {
@@ -48,11 +48,14 @@ def export(
     adapters: list[str] | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    compare_answers: bool = True,
     on_event: OnEvent = log_event,
 ) -> StageFolder:
     """Write `model` (a merged or base model; an adapter is merged first) as an ONNX Runtime GenAI folder, verified.
 
     adapters: folders of adapters of the base model `model`, to be switched while it runs instead (see `export_adapters`).
+    compare_answers: of int4 and int8, ask the training's held-out examples before and after (see `ExportConfig.max_drop`); false where
+    every stage is evaluated anyway.
 
     Verified means: the graph shows every option that was asked for, the folder loads and answers, its tokenizer gives the ids that
     training used, it stops where the model was trained to stop; in fp32 its logits are torch's within 1e-3. What could not be verified
@@ -92,7 +95,7 @@ def export(
         record["verified"] = build_verified(source, partial, config, made_from, trust_remote_code, on_event)
         if config.quantized and config.answers_prompts:
             job = _Codes(source, partial, config, made_from, base_model, trust_remote_code, on_event)
-            record["survival"] = job.settle()
+            record["survival"] = job.settle(compare_answers)
         shutil.rmtree(partial / "merged", ignore_errors=True)
     sure = "" if "not_verified" in record["verified"] else "; options, token ids, stop ids and loading verified"
     on_event(Note(f"ONNX {config.precision}: written to {folder}{sure}"))
@@ -118,12 +121,14 @@ class _Codes:
         self.base_model, self.trust, self.on_event = base_model, trust_remote_code, on_event
         self.contract = load_base_contract(source, trust_remote_code)
 
-    def settle(self) -> dict[str, Any]:
+    def settle(self, compare_answers: bool = True) -> dict[str, Any]:
         """Try one way after another until the fine-tuning survives; figures for the manifest. Raises ExportError if it does with none."""
         grid = read_grid(self.made_from.get("grid"), "manifest.json: grid")
         choice = choose_ways(self.config, self.source, grid, self.made_from, self.contract, self.on_event)
-        reference = reference_answers(self.source, self.made_from, self.contract, self.trust, self.on_event)
-        if isinstance(reference, str):
+        reference: Reference | str = "not asked for"
+        if compare_answers:
+            reference = reference_answers(self.source, self.made_from, self.contract, self.trust, self.on_event)
+        if compare_answers and isinstance(reference, str):
             self.on_event(Note(f"export: answers before and after are not compared: {reference}"))
         tried: list[dict[str, Any]] = []
         for i, way in enumerate(choice.ways):
@@ -143,7 +148,7 @@ class _Codes:
             "or allow more with export.max_drop",
         )
 
-    def gauge(self, reference: Any) -> tuple[dict[str, Any], list[str]]:
+    def gauge(self, reference: Reference | str) -> tuple[dict[str, Any], list[str]]:
         """(figures, problems) of the folder as it is now."""
         from phinetune.generation.onnx_backend import load_onnx
 
