@@ -3,9 +3,9 @@
     python benchmarks/int4.py --data phrase-tone.jsonl [--seeds 0,1,2] [--ways default,searched,gptq,aware] [--work FOLDER]
 
 `aware` is an adapter trained with `int4_aware` and exported with the nearest codes; the others are one plain adapter, quantized in
-different ways. Answers are generated and compared whole (exact match), in torch for the adapter, in ONNX Runtime for int4. Also in
-the results: size, seconds of each export, seconds of training with and without int4_aware. Stages that --work holds already are not made
-again. Writes benchmarks/results/int4.json and prints a table. The training and export times are right with nothing else on the machine.
+different ways. Answers are generated and compared whole (exact match), in torch for the adapter, in ONNX Runtime for int4. Also in the
+results: size, what the survival gauge says, seconds of each export (right with nothing else on the machine). Stages that --work holds
+already are not made again. Writes benchmarks/results/int4.json and prints a table. What int4_aware costs in training: train.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from train import about
 
 import phinetune
-from phinetune.artifact import folder_bytes, read_manifest, write_json
+from phinetune.artifact import folder_bytes, write_json
 
 RESULTS = Path(__file__).with_name("results") / "int4.json"
 WAYS = ("default", "searched", "gptq", "aware")
@@ -64,10 +64,7 @@ def measure(work: Path, data: Any, seeds: list[int], ways: list[str]) -> dict[st
         kinds = [kind for kind in ("plain", "aware") if kind == "plain" or "aware" in ways]
         trained = {kind: adapter(work, data, kind, seed) for kind in kinds}
         found[str(seed)] = {
-            "adapters": {
-                kind: {"exact": exact(folder), "train_seconds": read_manifest(folder)["figures"]["train_seconds"]}
-                for kind, folder in trained.items()
-            },
+            "adapters": {kind: {"exact": exact(folder)} for kind, folder in trained.items()},
             "ways": {way: exported(work, trained["aware" if way == "aware" else "plain"], way) for way in ways},
         }
         print(f"seed {seed}: {found[str(seed)]}", flush=True)
