@@ -23,7 +23,7 @@ from phinetune.exporting.verify import run_graph
 from phinetune.exporting.ways import Way, codes_of, joined
 from phinetune.model.grid import Codes, Grid, quantize
 from phinetune.model.load import LoadPlan, load_model
-from phinetune.workflow.quantize import linear_rows, put_codes
+from phinetune.workflow.quantize import parts_in, put_codes
 from tiny import tiny_folder, tiny_model
 
 IDS = [1, 7, 42, 100, 5, 200, 3, 9]
@@ -40,7 +40,7 @@ def plain(folder: Path) -> Any:
 
 def in_graph(source: Path, folder: Path) -> dict[str, tuple[Codes, list[tuple[str, int, int]]]]:
     graph = GraphCodes(folder)
-    parts = graph.parts(linear_rows(source), json.loads((source / "config.json").read_text()))
+    parts = parts_in(graph, source)
     assert set(parts) == set(graph.stored)
     return {product: (graph.read(product), spans) for product, spans in parts.items()}
 

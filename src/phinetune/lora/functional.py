@@ -162,11 +162,9 @@ class LoraLinearFunction(torch.autograd.Function):
         grad_x = grad_W = grad_b = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
             grad_flat = g @ dense(weight, g.dtype)
-            if ctx.folded:
-                pass
-            elif flat_mask is None:
+            if not ctx.folded and flat_mask is None:
                 grad_flat = grad_flat.addmm_(up, A, alpha=ctx.scaling)
-            else:
+            elif not ctx.folded:
                 grad_flat = grad_flat.addcmul_(flat_mask, up @ A, value=ctx.scaling)
             grad_x = grad_flat.view(x.shape)
         if ctx.needs_input_grad[1]:

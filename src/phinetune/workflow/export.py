@@ -123,6 +123,8 @@ class _Codes:
 
     def settle(self, compare_answers: bool = True) -> dict[str, Any]:
         """Try one way after another until the fine-tuning survives; figures for the manifest. Raises ExportError if it does with none."""
+        from phinetune.exporting.verify import verify
+
         grid = read_grid(self.made_from.get("grid"), "manifest.json: grid")
         choice = choose_ways(self.config, self.source, grid, self.made_from, self.contract, self.on_event)
         reference: Reference | str = "not asked for"
@@ -134,6 +136,7 @@ class _Codes:
         for i, way in enumerate(choice.ways):
             if way != "default" or i:  # the builder's own codes are in the graph already
                 put_codes(self.source, self.folder, self.config, way, choice.rows, self.trust, self.on_event)
+                verify(self.folder, self.config, self.contract, (), lambda event: None)  # the graph is another one now
             why = choice.reason if not i else f"{choice.ways[i - 1]} lost too much"
             self.on_event(Note(f"export: codes by {way}{f' ({why})' if why else ''}"))
             figures, problems = self.gauge(reference)

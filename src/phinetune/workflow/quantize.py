@@ -15,6 +15,7 @@ from typing import Any
 
 from phinetune.errors import ConfigError, DataError, ExportError
 from phinetune.events import Event, Note, OnEvent, log_event
+from phinetune.exporting.codes import GraphCodes
 from phinetune.exporting.config import ExportConfig
 from phinetune.exporting.ways import OWN_WAYS, Way
 from phinetune.model.compute import available_memory
@@ -54,6 +55,7 @@ def choose_ways(
     if trained_grid not in (None, grid) or (trained_grid is not None and asked != "auto"):
         text = f"the adapter was trained for {trained_grid}, which {grid} by {asked} is not"
         on_event(Note(f"export: {text}; what it won by that is not kept", warning=True))
+    missing = ""
     try:
         rows = calibration_rows(config, manifest, contract)
     except (ConfigError, DataError) as error:
@@ -65,9 +67,7 @@ def choose_ways(
     others: tuple[Way, ...] = ("gptq", "searched") if rows else ("searched",)
     if trained_grid == grid:
         return Choice(("default", *others), "the adapter was trained for exactly these codes", rows)
-    return Choice(
-        (*others, "default"), f"calibrated on {len(rows)} examples of the training" if rows else missing, rows
-    )
+    return Choice((*others, "default"), f"calibrated on {len(rows)} examples" if rows else missing, rows)
 
 
 def cannot(config: ExportConfig, source: Path) -> str:
@@ -76,8 +76,8 @@ def cannot(config: ExportConfig, source: Path) -> str:
         return "use_qdq: codes of DequantizeLinear stay the builder's"
     if config.op_types_to_quantize is not None and "MatMul" not in config.op_types_to_quantize:
         return "no products are quantized"
-    if uneven := [width for width in widths(source) if width % config.block_size]:
-        return f"blocks of {config.block_size} do not divide {uneven[0]} inputs"
+    if uneven := [columns for _, columns in _matrices(source).values() if columns % config.block_size]:
+        return f"blocks of {config.block_size} do not divide {min(uneven)} inputs"
     return out_of_memory(source, bytes_each=2)
 
 
@@ -117,15 +117,14 @@ def put_codes(
     """
     import torch
 
-    from phinetune.exporting.codes import GraphCodes
     from phinetune.exporting.ways import codes_of, joined
 
-    graph, modules, grid = GraphCodes(folder), linear_rows(source), config.grid
+    graph, grid = GraphCodes(folder), config.grid
     if grid is None:
         raise ExportError(f"{folder}: {config.precision} has no codes")
-    parts = graph.parts(modules, json.loads((source / "config.json").read_text(encoding="utf-8")))
+    parts = parts_in(graph, source)
     used = {module for spans in parts.values() for module, _, _ in spans}
-    kept = [module for module in modules if module not in used]  # floating point in the graph
+    kept = [module for module in _matrices(source) if module not in used]  # floating point in the graph
     calibrated = rows if way != "default" else ()
     codes = codes_of(source, way, grid, calibrated, kept, graph.scale_dtype, trust_remote_code, on_event)
     new = {product: found for product, spans in parts.items() if (found := joined(codes, spans)) is not None}
@@ -135,27 +134,28 @@ def put_codes(
     again = GraphCodes(folder)
     for product, asked in new.items():
         found = again.read(product)
-        if not (torch.equal(found.codes, asked.codes) and torch.equal(found.scales, asked.scales)):
+        pairs = [(found.codes, asked.codes), (found.scales, asked.scales)]
+        if found.zeros is not None and asked.zeros is not None:
+            pairs.append((found.zeros, asked.zeros))
+        if not all(torch.equal(a, b) for a, b in pairs):
             raise ExportError(f"{product}: the graph does not hold the codes that were put into it")
 
 
-def linear_rows(source: Path) -> dict[str, int]:
-    """Module -> rows, of every matrix in the model's files; the output layer also where it is the input embedding."""
+def parts_in(graph: GraphCodes, source: Path) -> dict[str, list[tuple[str, int, int]]]:
+    """`GraphCodes.parts` for the model in `source`."""
+    rows = {module: shape[0] for module, shape in _matrices(source).items()}
+    return graph.parts(rows, json.loads((source / "config.json").read_text(encoding="utf-8")))
+
+
+def _matrices(source: Path) -> dict[str, tuple[int, int]]:
+    """Module -> (rows, columns), of every matrix in the model's files; the output layer also where it is the input embedding."""
     from phinetune.lora.shards import Layout
     from phinetune.model.load import tied_embeddings
 
     shapes = Layout(weight_files(source)[0]).shapes()
     for head, embedding in tied_embeddings(source).items():
         shapes.setdefault(head, shapes[embedding])
-    return {n.removesuffix(".weight"): s[0] for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2}
-
-
-def widths(source: Path) -> list[int]:
-    """Numbers of columns of the matrices in the model's files."""
-    from phinetune.lora.shards import Layout
-
-    shapes = Layout(weight_files(source)[0]).shapes()
-    return sorted({s[1] for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2})
+    return {n.removesuffix(".weight"): (s[0], s[1]) for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2}
 
 
 def _nobody(event: Event) -> None:

@@ -26,7 +26,7 @@ from phinetune.generation.torch_backend import TorchGenerator
 from phinetune.model.folder import stored_dtype
 from phinetune.workflow.held_out import choose_examples
 from phinetune.workflow.merge import weight_reader
-from phinetune.workflow.quantize import linear_rows, out_of_memory
+from phinetune.workflow.quantize import out_of_memory, parts_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,8 +70,7 @@ def reference_answers(
     device, stored = torch.device("cpu"), stored_dtype(source)
     dtype = stored if stored == torch.float32 else default_dtype(device)
     model = load_model(source, LoadPlan(dtype, device, None, trust_remote_code))
-    if manifest.get("grid"):
-        round_as_trained(model, source, source)
+    round_as_trained(model, source, source)
     return Reference(examples, said(TorchGenerator(model.eval(), contract), examples, "the model", on_event))
 
 
@@ -128,9 +127,7 @@ def check_weights(
         on_event(Note(f"export: what is left of the adapter in the weights is not known: {error.problems[0]}"))
         return {}, []
     graph = GraphCodes(folder)
-    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    parts = graph.parts(linear_rows(source), values)
-    layers = list(_layers(graph, parts, changes.weights, read))
+    layers = list(_layers(graph, parts_in(graph, source), changes.weights, read))
     if not layers:
         return {}, []
     figures = summary(layers)
