@@ -64,7 +64,7 @@ def listen(notes: list[str]) -> Any:
 
 def test_every_name_has_a_unit_a_direction_and_a_meaning() -> None:
     known = measurements()
-    assert set(METRICS) | set(MEASUREMENTS) == set(known) and len(known) == 10 + 3 * (1 + len(STATISTICS))
+    assert set(METRICS) | set(MEASUREMENTS) == set(known) and len(known) == 10 + len(CLOCKS) * (1 + len(STATISTICS))
     assert all(m.meaning for m in known.values())
     worse_when_higher = {re.sub("_(avg|max|min|p.*)$", "", n) for n, m in known.items() if not m.higher_is_better}
     assert worse_when_higher == {"loss", "perplexity", "latency", "time_to_first_token", "size", "memory"}
@@ -291,10 +291,19 @@ class Metronome:
 
 def test_timings_are_what_the_clock_said() -> None:
     machine = Metronome()
-    timings = time_answers(machine, [[1], [3], [9]], 6, 2, 4, lambda event: None, lambda: machine.now)  # type: ignore[arg-type]
+    timings = time_answers(machine, [[1], [3], [9, 9]], 6, 2, 4, lambda event: None, lambda: machine.now)  # type: ignore[arg-type]
     assert machine.prompts == [1, 3, 1, 3, 9, 1]
-    assert timings == [Timing(5, 5, 1), Timing(5, 7, 3), Timing(5, 10, 6), Timing(5, 5, 1)]
-    names = ["latency", "latency_avg", "latency_max", "latency_p50", "time_to_first_token_min", "throughput"]
+    assert timings == [Timing(5, 5, 1, 1), Timing(5, 7, 3, 1), Timing(5, 10, 6, 2), Timing(5, 5, 1, 1)]
+    names = [
+        "latency",
+        "latency_avg",
+        "latency_max",
+        "latency_p50",
+        "time_to_first_token_min",
+        "prefill",
+        "prefill_max",
+        "throughput",
+    ]
     values, _ = values_and_intervals(Evidence(timings=timings), names)
     assert values == {
         "latency": 6750.0,
@@ -302,6 +311,8 @@ def test_timings_are_what_the_clock_said() -> None:
         "latency_max": 10000.0,
         "latency_p50": 6000.0,
         "time_to_first_token_min": 5000.0,
+        "prefill": 0.25,
+        "prefill_max": 0.4,
         "throughput": 1.0,
     }
     with pytest.raises(ConfigError, match="throughput_p50: every answer has one token"):

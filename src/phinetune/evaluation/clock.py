@@ -4,6 +4,8 @@
     |-- time to first token --|-- throughput: tokens after the first --|
     |------------------------- latency --------------------------------|
 
+Prefill is the prompt's tokens over the time to the first token, one step of decoding included.
+
 An answer ends by itself or at a fixed number of new tokens, the same for every model on the same data. Tokenizing and decoding text is
 not in it, nor is loading. What counts is the model as the caller loaded it, on the threads it has. Not here: a quiet machine (`quiet.py`).
 """
@@ -21,16 +23,22 @@ from phinetune.generation.protocol import Generator, Sampling
 
 @dataclass(frozen=True)
 class Timing:
-    """One answer: seconds to its first token, seconds to its last, and its number of tokens."""
+    """One answer: seconds to its first token, seconds to its last, its number of tokens, and that of its prompt."""
 
     first: float
     whole: float
     tokens: int
+    prompt_tokens: int
 
     @property
     def rate(self) -> float | None:
         """Tokens per second after the first; None for an answer of one token, which has no such time."""
         return (self.tokens - 1) / (self.whole - self.first) if self.tokens > 1 and self.whole > self.first else None
+
+    @property
+    def prefill_rate(self) -> float | None:
+        """Tokens of the prompt per second until the first of the answer; None where none came."""
+        return self.prompt_tokens / self.first if self.tokens and self.first > 0 else None
 
 
 def time_answers(
@@ -53,7 +61,7 @@ def time_answers(
             tokens += 1
             if tokens == 1:
                 first = clock()
-        timing = Timing(first - start, clock() - start, tokens)
+        timing = Timing(first - start, clock() - start, tokens, len(prompt))
         if number >= warmup:
             timings.append(timing)
         on_event(Progress("timing answers", number + 1, warmup + repeats))

@@ -2,7 +2,7 @@
 
     metrics from text     answers     each example answered greedily       exact_match, accuracy, f1, precision, recall, stop_rate
     metrics from loss     loss        each example read once               loss, perplexity
-    measurements          clock       some answers timed, one at a time    latency_X, time_to_first_token_X, throughput_X
+    measurements          clock       some answers timed, one at a time    latency_X, time_to_first_token_X, prefill_X, throughput_X
                           files       nothing but the folder               size
                           process     a fresh process with the model       memory
 
@@ -75,6 +75,12 @@ CLOCKS = {
     "latency": Clock(lambda t: t.whole * 1e3, "ms", False, "from the prompt to the complete answer"),
     "time_to_first_token": Clock(
         lambda t: t.first * 1e3, "ms", False, "from the prompt to the first token of the answer"
+    ),
+    "prefill": Clock(
+        lambda t: t.prefill_rate,
+        "tokens/s",
+        True,
+        "tokens of the prompt over the time to the first token of the answer",
     ),
     "throughput": Clock(
         lambda t: t.rate, "tokens/s", True, "rate of an answer's tokens after the first; answers of one token have none"

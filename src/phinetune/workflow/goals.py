@@ -180,7 +180,7 @@ def _is_known(metric: str, path: str, known: Sequence[str], problems: list[str])
 
 def _is_share(metric: str) -> bool:
     """False for what is known not to lie between 0 and 1."""
-    return not metric.startswith(("latency", "time_to_first_token", "throughput")) and metric not in _COUNTED
+    return not metric.startswith(("latency", "time_to_first_token", "prefill", "throughput")) and metric not in _COUNTED
 
 
 def _fits(metric: str, unit: str) -> bool:
