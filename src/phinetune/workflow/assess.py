@@ -31,6 +31,8 @@ from phinetune.evaluation.results import wrong_answers
 from phinetune.evaluation.score import Score, answer_limit
 from phinetune.events import Event, OnEvent, log_event
 from phinetune.generation.load import find, find_contract, find_manifest, load_generator
+from phinetune.model.contract import PromptContract
+from phinetune.model.folder import Kind
 from phinetune.quiet import working
 from phinetune.workflow.held_out import Part, Split, choose_examples, with_chat_template
 
@@ -64,12 +66,24 @@ def assess(
 
 
 @dataclass(frozen=True)
+class Subject:
+    """A model to examine, found and not loaded, with the examples it will be asked, encoded for it, where any are needed."""
+
+    model: str
+    folder: Path
+    kind: Kind
+    base_model: str | None = None
+    model_kwargs: dict[str, Any] | None = None
+    contract: PromptContract | None = None
+    part: Part | None = None
+
+
+@dataclass(frozen=True)
 class Examined:
-    """An assessment, and what it was made from: the model's folder, and the examples and their score where there were any."""
+    """An assessment, and what it was made from: the subject, and its score where there was any."""
 
     assessment: Assessment
-    folder: Path
-    part: Part | None = None
+    subject: Subject
     score: Score | None = None
 
 
@@ -107,46 +121,78 @@ def examine(
     if "process" in needs:
         check_memory_can_be_measured()
     folder, kind = find(model, model_kwargs, on_event)
-    evidence, part, scored = Evidence(), None, None
+    subject = Subject(model, folder, kind, base_model, model_kwargs)
     if needs - {"files"}:
-        contract = find_contract(model, model_kwargs, base_model, _nobody)  # the loading says the same
-        part = choose_examples(data, split, find_manifest(model, folder), contract, max_examples, on_event)
-        place = f"{part.config.path}, {part.split} part"
-        if needs & {"answers", "clock"} and part.config.templates and not part.config.templates[0].strip():
-            raise ConfigError(
-                f"data.text: {part.config.text!r} has no prompt before its last field: there is nothing to answer",
-                "ask for loss or perplexity of such texts",
-            )
-        loading = bool(needs - {"files", "process"})
-        if loading:
-            with working(on_event):
-                generator = load_generator(model, model_kwargs, None, base_model, on_event)
-            generator = with_chat_template(generator, part.config, on_event)
-            evidence, scored = gather(generator, part.examples, names, kind, effort, place, on_event)
-            del generator
-        if "process" in needs:
-            gc.collect()  # two models at a time may be one too many
-            examples = answerable(
-                part.examples, ["memory"], place, _nobody if needs & {"answers", "clock"} else on_event
-            )
-            prompts = sorted(prompts_of(examples), key=len)[-_MEMORY_PROMPTS:]
-            limit = effort.max_new_tokens or answer_limit(examples, contract)
-            with working(on_event):
-                peak = peak_memory(model, prompts, limit, model_kwargs, base_model, _nobody if loading else on_event)
-            evidence = replace(evidence, peak_bytes=peak)
-    if "files" in needs:
-        evidence = replace(evidence, size_bytes=folder_bytes(folder))
+        subject = with_examples(subject, data, names, split, max_examples, on_event)
+    evidence, scored = gather_from(subject, names, effort, on_event)
+    if "process" in needs:
+        evidence = replace(evidence, peak_bytes=peak_of(subject, names, effort, on_event))
     values, intervals = values_and_intervals(evidence, names)
     assessment = Assessment(
         model,
         kind,
         values,
-        scored.count if scored else len(part.examples) if part else 0,
+        scored.count if scored else len(subject.part.examples) if subject.part else 0,
         intervals,
         round(time.perf_counter() - started, 2),
         wrong_answers(evidence.answers),
     )
-    return Examined(assessment, folder, part, scored)
+    return Examined(assessment, subject, scored)
+
+
+def with_examples(
+    subject: Subject,
+    data: DataConfig | str | dict[str, Any] | None,
+    names: Sequence[str],
+    split: Split | None,
+    max_examples: int | None,
+    on_event: OnEvent = log_event,
+) -> Subject:
+    """`subject` with its contract and the examples that `names` are about. Raises a PhinetuneError where they cannot be answered."""
+    contract = find_contract(
+        subject.model, subject.model_kwargs, subject.base_model, _nobody
+    )  # the loading says the same
+    manifest = find_manifest(subject.model, subject.folder)
+    part = choose_examples(data, split, manifest, contract, max_examples, on_event)
+    if needed(names) & {"answers", "clock"} and part.config.templates and not part.config.templates[0].strip():
+        raise ConfigError(
+            f"data.text: {part.config.text!r} has no prompt before its last field: there is nothing to answer",
+            "ask for loss or perplexity of such texts",
+        )
+    return replace(subject, contract=contract, part=part)
+
+
+def gather_from(
+    subject: Subject, names: Sequence[str], effort: Effort, on_event: OnEvent = log_event
+) -> tuple[Evidence, Score | None]:
+    """What `names` need of the subject but its memory, by loading it once, or not at all; and its score where answers are among it."""
+    needs = needed(names)
+    evidence, scored = Evidence(), None
+    if subject.part is not None and needs - {"files", "process"}:
+        part = subject.part
+        with working(on_event):
+            generator = load_generator(subject.model, subject.model_kwargs, None, subject.base_model, on_event)
+        generator = with_chat_template(generator, part.config, on_event)
+        place = f"{part.config.path}, {part.split} part"
+        evidence, scored = gather(generator, part.examples, names, subject.kind, effort, place, on_event)
+    if "files" in needs:
+        evidence = replace(evidence, size_bytes=folder_bytes(subject.folder))
+    return evidence, scored
+
+
+def peak_of(subject: Subject, names: Sequence[str], effort: Effort, on_event: OnEvent = log_event) -> int:
+    """Peak bytes of a fresh process that loads the subject and answers its longest prompts, after `gather_from` for the same `names`."""
+    if subject.part is None or subject.contract is None:
+        raise RuntimeError("the subject has no examples")
+    needs, part = needed(names), subject.part
+    gc.collect()  # two models at a time may be one too many
+    heard = _nobody if needs & {"answers", "clock"} else on_event
+    examples = answerable(part.examples, ["memory"], f"{part.config.path}, {part.split} part", heard)
+    prompts = sorted(prompts_of(examples), key=len)[-_MEMORY_PROMPTS:]
+    limit = effort.max_new_tokens or answer_limit(examples, subject.contract)
+    heard = _nobody if needs - {"files", "process"} else on_event
+    with working(on_event):
+        return peak_memory(subject.model, prompts, limit, subject.model_kwargs, subject.base_model, heard)
 
 
 def _nobody(event: Event) -> None:

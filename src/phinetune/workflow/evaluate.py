@@ -52,14 +52,14 @@ def evaluate(
         model_kwargs,
         on_event,
     )
-    if found.score is None or found.part is None:
+    if found.score is None or found.subject.part is None:
         raise RuntimeError("exact_match was not scored")
     values = {name: found.assessment.values[name] for name in names}
-    result = stage_result(found.score, found.folder, folder_bytes(found.folder), metrics=values)
+    result = stage_result(found.score, found.subject.folder, folder_bytes(found.subject.folder), metrics=values)
     if target:
-        config = found.part.config
+        part = found.subject.part
         write_results(
-            target, results([result], model=model, data=config.path, split=found.part.split, seed=config.seed)
+            target, results([result], model=model, data=part.config.path, split=part.split, seed=part.config.seed)
         )
         on_event(Note(f"results: {target}"))
     return result
