@@ -519,7 +519,7 @@ def test_evaluate_shows_and_saves_further_metrics(
     before, after = (json.loads((tmp_path / f"{n}.json").read_text())["stages"][0] for n in "ab")
     assert before["metrics"] == {"exact_match": before["value"]}
     assert list(after["metrics"]) == ["perplexity", "f1", "size"] and after["metrics"]["size"] == after["size_bytes"]
-    same = set(before) - {"metrics", "seconds_evaluated"}
+    same = set(before) - {"metrics", "seconds_evaluated", "seconds"}
     assert {k: before[k] for k in same} == {k: after[k] for k in same}
     assert main([*args, "--metrics", "perplexty"]) == 2
     assert 'did you mean "perplexity"?' in capsys.readouterr().err

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from phinetune.olive.reading import run_file
     from phinetune.serving.chat import ChatSession
     from phinetune.workflow.assess import assess
+    from phinetune.workflow.compare import compare
     from phinetune.workflow.evaluate import evaluate
     from phinetune.workflow.export import export
     from phinetune.workflow.export_adapters import export_adapters
@@ -44,6 +45,7 @@ _HOME = {
     "LoraConfig": "phinetune.lora.config",
     "PhinetuneError": "phinetune.errors",
     "assess": "phinetune.workflow.assess",
+    "compare": "phinetune.workflow.compare",
     "evaluate": "phinetune.workflow.evaluate",
     "export": "phinetune.workflow.export",
     "export_adapters": "phinetune.workflow.export_adapters",
@@ -66,6 +68,7 @@ __all__ = [
     "PhinetuneError",
     "__version__",
     "assess",
+    "compare",
     "evaluate",
     "export",
     "export_adapters",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -21,9 +21,13 @@ from rich.table import Table
 from rich.text import Text
 
 from phinetune.errors import PhinetuneError
+from phinetune.evaluation.columns import COLUMNS, cell_text, metric_name, number_text, pairs_text, size_text
 from phinetune.evaluation.measurements import measurements
 from phinetune.evaluation.results import StageResult
 from phinetune.events import Event, Note, Progress
+
+if TYPE_CHECKING:
+    from phinetune.workflow.compare import Comparison
 
 _PLAIN_EVERY = 10.0  # seconds between progress lines where stderr is not a terminal
 
@@ -99,11 +103,6 @@ def show_error(error: PhinetuneError) -> None:
         err.print(Text.assemble(("hint: ", "bold"), error.hint))
 
 
-def size_text(size: float) -> str:
-    """Bytes for people: 90.0 MB."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
 def stage_table(stages: list[StageResult]) -> Table:
     """The stages side by side."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
@@ -123,22 +122,47 @@ def stage_table(stages: list[StageResult]) -> Table:
     return table
 
 
+def comparison_table(stages: list[StageResult]) -> Table:
+    """What decides between the stages, side by side."""
+    metric = metric_name(stages[0].metric)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("stage", vertical="bottom", max_width=24, overflow="fold")
+    for name in (metric, "of", "95 % interval", *COLUMNS.values()):
+        table.add_column(_on_two_lines(name), justify="right", vertical="bottom")
+    for s in stages:
+        table.add_row(
+            Text(s.stage),
+            f"{s.value:.1%}",
+            f"{s.correct}/{s.count}",
+            f"{s.interval[0]:.1%} - {s.interval[1]:.1%}",
+            *(cell_text(name, s.metrics.get(name)) for name in COLUMNS),
+        )
+    return table
+
+
+def _on_two_lines(name: str) -> str:
+    """A head of two words or more, broken before its last one."""
+    return "\n".join(name.rsplit(" ", 1))
+
+
+def comparison_lines(found: Comparison) -> list[str]:
+    """How each stage did against the reference, and why a number is missing."""
+    stages, reference = found.stages, found.reference
+    lines = [f"{s.stage} against {reference}: {pairs_text(s.against)}" for s in stages if s.against is not None]
+    return lines + [
+        f"{s.stage}: no {COLUMNS.get(name, name)}: {why}" for s in stages for name, why in s.missing.items()
+    ]
+
+
 def metric_lines(stage: StageResult) -> list[str]:
     """A line for each number beyond exact match: name, value, unit."""
     known = measurements()
     width = max(map(len, stage.metrics), default=0)
     return [
-        f"{name:<{width}}   {_number(value, known[name].unit)}"
+        f"{name:<{width}}   {number_text(value, known[name].unit)}"
         for name, value in stage.metrics.items()
         if name != "exact_match"
     ]
-
-
-def _number(value: float, unit: str) -> str:
-    """`value` for people, in `unit`."""
-    if unit == "bytes":
-        return size_text(value)
-    return f"{value:.1%}" if unit == "share" else f"{value:.4g} {unit}".rstrip()
 
 
 def out() -> Console:

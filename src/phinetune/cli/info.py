@@ -50,7 +50,7 @@ def info(
 
 def _rows(machine: Machine) -> list[tuple[str, str]]:
     """(name, text) of each line to show."""
-    from phinetune.cli.console import size_text
+    from phinetune.evaluation.columns import size_text
 
     def size(size_bytes: int | None) -> str:
         return "not known" if size_bytes is None else size_text(size_bytes)

@@ -72,8 +72,8 @@ def plan(
 
 def tables(found: Plan) -> list[Any]:
     """Memory by part, time, later stages, and what makes it fit."""
-    from phinetune.cli.console import size_text
     from phinetune.cli.run import table
+    from phinetune.evaluation.columns import size_text
 
     parts = sorted(found.memory.items(), key=lambda p: -p[1])
     memory = [(name, size_text(size), f"{size / found.peak:.0%}") for name, size in parts]

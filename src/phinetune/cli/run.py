@@ -102,7 +102,8 @@ def migrate(
 
 def _show_plan(workflow: Any, only: str | None, until: str | None) -> None:
     """The steps as a table, and what else there is to know before they run."""
-    from phinetune.cli.console import out, size_text
+    from phinetune.cli.console import out
+    from phinetune.evaluation.columns import size_text
     from phinetune.workflow.forecast import forecast
 
     plan = forecast(workflow, only, until)

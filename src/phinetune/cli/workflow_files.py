@@ -152,7 +152,8 @@ def _store(cache_dir: str | None) -> Store:
 
 def _show(entries: list[StoredArtifact], as_json: bool, folder: str, done: str) -> None:
     """The entries as a table with their sum, or as JSON."""
-    from phinetune.cli.console import out, size_text
+    from phinetune.cli.console import out
+    from phinetune.evaluation.columns import size_text
 
     total = sum(e.size_bytes for e in entries)
     if as_json:

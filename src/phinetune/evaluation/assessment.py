@@ -5,11 +5,12 @@ Answers and losses are gathered as work among other work, timings on a quiet mac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from phinetune.errors import DataError
+from phinetune.errors import ConfigError, DataError
 from phinetune.evaluation.clock import QUANTILES, time_answers
 from phinetune.evaluation.loss import held_out_loss
 from phinetune.evaluation.measurements import Evidence, Need, measurements
@@ -131,6 +132,23 @@ def values_and_intervals(
     values = {name: float(known[name].function(evidence)) for name in names}
     shares = [name for name in names if known[name].share and evidence.answers]
     return values, {name: wilson_interval(values[name], len(evidence.answers)) for name in shares}
+
+
+def values_or_reasons(evidence: Evidence, names: Sequence[str]) -> tuple[dict[str, float | None], dict[str, str]]:
+    """Each of `names` computed from `evidence`, None where there is no finite number, and why of those."""
+    known = measurements()
+    values: dict[str, float | None] = {}
+    reasons: dict[str, str] = {}
+    for name in names:
+        try:
+            value = float(known[name].function(evidence))
+        except ConfigError as error:  # of what was gathered, nothing has such a number
+            values[name], reasons[name] = None, error.problems[0].removeprefix(f"metrics: {name}: ")
+            continue
+        values[name] = value if math.isfinite(value) else None
+        if values[name] is None:
+            reasons[name] = "not a finite number: some of the model's logits are not"
+    return values, reasons
 
 
 def _say_what_is_too_few(names: Sequence[str], repeats: int, on_event: OnEvent) -> None:

@@ -1,15 +1,17 @@
-"""The table of stages as data: what `results.json` holds and what the terminal shows come from the same rows."""
+"""The table of stages as data: what `results.json` holds and what terminal and report show come from the same rows."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phinetune.artifact import disk_errors, versions, write_json
+from phinetune.evaluation.metrics import wilson_interval
+from phinetune.evaluation.pairs import Pairs
 from phinetune.evaluation.score import Answer, Score
 
 _WRONG_SHOWN = 20
@@ -31,13 +33,19 @@ class StageResult:
     seconds_made: float
     seconds_evaluated: float
     wrong: list[dict[str, str]]
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Every metric and measurement that was asked for, by name."""
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    """Every metric and measurement that was asked for, by name; None where there is no number."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Why, for each that is None."""
+    against: Pairs | None = None
+    """How it did against the stage of reference, example by example."""
+    seconds: float = 0.0
+    """For all that was measured, loading included."""
 
 
-def wrong_answers(answers: Sequence[Answer]) -> list[dict[str, str]]:
-    """The first answers that are not the reference, for reading: where the example stands, the reference, the answer."""
-    wrong = (a for a in answers if a.scores["exact_match"] < 1)
+def wrong_answers(answers: Sequence[Answer], metric: str = "exact_match") -> list[dict[str, str]]:
+    """The first answers that `metric` does not count as right, for reading: where the example stands, the reference, the answer."""
+    wrong = (a for a in answers if a.scores[metric] < 1)
     return [
         {"place": Path(a.place).name, "reference": a.reference, "answer": a.answer}
         for a in itertools.islice(wrong, _WRONG_SHOWN)
@@ -45,24 +53,30 @@ def wrong_answers(answers: Sequence[Answer]) -> list[dict[str, str]]:
 
 
 def stage_result(
-    score: Score, path: Path, size_bytes: int, seconds_made: float = 0.0, metrics: dict[str, float] | None = None
+    score: Score,
+    path: Path,
+    size_bytes: int,
+    seconds_made: float = 0.0,
+    metrics: Mapping[str, float | None] | None = None,
+    metric: str = "exact_match",
 ) -> StageResult:
-    """The row of `score`, with the first wrong answers and, where more than exact_match was asked for, `metrics`."""
-    interval = (round(score.interval[0], 4), round(score.interval[1], 4))
+    """The row of `score`, judged by `metric`, a metric of one answer; with the first wrong answers and, where more was asked for, `metrics`."""
+    value = score.metrics[metric]
+    low, high = wilson_interval(value, score.count)
     return StageResult(
         score.stage,
         str(path),
-        "exact_match",
-        round(score.metrics["exact_match"], 6),
-        score.correct,
+        metric,
+        round(value, 6),
+        sum(a.scores[metric] >= 1 for a in score.answers),
         score.count,
-        interval,
+        (round(low, 4), round(high, 4)),
         round(score.stop_rate, 4),
         size_bytes,
         round(seconds_made, 2),
         score.seconds,
-        wrong_answers(score.answers),
-        {"exact_match": score.metrics["exact_match"]} if metrics is None else metrics,
+        wrong_answers(score.answers, metric),
+        {metric: value} if metrics is None else dict(metrics),
     )
 
 

@@ -163,9 +163,12 @@ def with_examples(
 
 
 def gather_from(
-    subject: Subject, names: Sequence[str], effort: Effort, on_event: OnEvent = log_event
+    subject: Subject, names: Sequence[str], effort: Effort, on_event: OnEvent = log_event, stage: str | None = None
 ) -> tuple[Evidence, Score | None]:
-    """What `names` need of the subject but its memory, by loading it once, or not at all; and its score where answers are among it."""
+    """What `names` need of the subject but its memory, by loading it once, or not at all; and its score where answers are among it.
+
+    stage: what the model is called in events and in the score, by default its kind.
+    """
     needs = needed(names)
     evidence, scored = Evidence(), None
     if subject.part is not None and needs - {"files", "process"}:
@@ -174,7 +177,7 @@ def gather_from(
             generator = load_generator(subject.model, subject.model_kwargs, None, subject.base_model, on_event)
         generator = with_chat_template(generator, part.config, on_event)
         place = f"{part.config.path}, {part.split} part"
-        evidence, scored = gather(generator, part.examples, names, subject.kind, effort, place, on_event)
+        evidence, scored = gather(generator, part.examples, names, stage or subject.kind, effort, place, on_event)
     if "files" in needs:
         evidence = replace(evidence, size_bytes=folder_bytes(subject.folder))
     return evidence, scored

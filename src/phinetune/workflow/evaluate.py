@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def evaluate(
         raise RuntimeError("exact_match was not scored")
     values = {name: found.assessment.values[name] for name in names}
     result = stage_result(found.score, found.subject.folder, folder_bytes(found.subject.folder), metrics=values)
+    result = replace(result, seconds=found.assessment.seconds)
     if target:
         part = found.subject.part
         write_results(
