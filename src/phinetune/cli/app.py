@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from phinetune import __version__
+from phinetune.cli.compare import compare
 from phinetune.cli.flags import BaseModel, Completion, ConfigFile, Data, Model, Output, Overwrite, Prompt, Quiet, Set
 from phinetune.cli.info import info
 from phinetune.cli.plan import Seed, TestFraction, plan
@@ -161,6 +162,9 @@ def evaluate(
         console.print(f"wrong: {wrong['place']}: {wrong['answer']!r} instead of {wrong['reference']!r}", markup=False)
 
 
+app.command()(compare)
+
+
 @app.command()
 def merge(
     adapter: Annotated[
@@ -294,10 +298,10 @@ def quickstart(
 ) -> None:
     """The whole way with the embedded model and bundled data.
 
-    Evaluates the base model, fine-tunes, evaluates, merges, evaluates, exports to int4 ONNX, evaluates again, and answers three phrases
-    that are in no data set. Writes results.json beside the stages' folders.
+    Fine-tunes, merges, exports to int4 ONNX, compares base, adapter, merged model and ONNX on held-out examples, and answers three
+    phrases that are in no data set. Writes results.json and report.html beside the stages' folders.
     """
-    from phinetune.cli.console import Terminal, out, stage_table
+    from phinetune.cli.console import Terminal, comparison_lines, comparison_table, out
     from phinetune.cli.options import arguments
     from phinetune.workflow.quickstart import quickstart as stage
 
@@ -308,12 +312,15 @@ def quickstart(
         )
     console = out()
     console.print()
-    console.print(stage_table(result.stages))
+    console.print(comparison_table(result.comparison.stages))
+    for line in comparison_lines(result.comparison):
+        console.print(line, markup=False)
     console.print()
     for phrase, answer in result.answers:
         console.print(f"{answer:<10}{phrase}", markup=False)
     console.print(
-        f"\n{result.file} written after {result.seconds:.0f} s. Try: phinetune chat --model {result.file.parent / 'onnx-int4'}",
+        f"\n{result.comparison.folder}/report.html and results.json written after {result.seconds:.0f} s. "
+        f"Try: phinetune chat --model {result.comparison.folder}/onnx-int4",
         markup=False,
     )
 
