@@ -76,8 +76,8 @@ def compare(
     )
     subjects = find_subjects(request, heard)
     no_memory = _why_no_memory(heard)
-    for name in subjects.other_tokens:
-        heard(Note(other_tokens_note(name, subjects.source), warning=True))
+    for text in subjects.notes:
+        heard(Note(text, warning=True))
     stages, scores = [], {}
     for name, subject in subjects.by_name.items():
         row, scores[name] = _measured(name, subject, metric, effort, no_memory, heard)
@@ -100,11 +100,6 @@ def write_comparison(found: Comparison, folder: Path, on_event: OnEvent = log_ev
     write_report(folder / REPORT, found.record)
     on_event(Note(f"results: {folder / RESULTS}, report: {folder / REPORT}"))
     return replace(found, folder=folder)
-
-
-def other_tokens_note(name: str, source: str) -> str:
-    """What is said of a stage that reads the same examples as other tokens than the one they were chosen for."""
-    return f"{name}: reads the examples as other tokens than {source}; perplexity and tokens/s count tokens, so they do not compare"
 
 
 def _why_no_memory(on_event: OnEvent) -> str:
@@ -156,7 +151,7 @@ def _facts(request: Request, subjects: Subjects, seconds: float) -> dict[str, An
         "split": part.split,
         "seed": part.config.seed,
         "effort": asdict(request.effort),
-        "notes": [other_tokens_note(name, subjects.source) for name in subjects.other_tokens],
+        "notes": list(subjects.notes),
         "machine": {
             "processor": machine.processor,
             "cores": machine.cores,

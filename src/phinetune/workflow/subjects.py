@@ -1,8 +1,8 @@
 """Which models are compared, under which names, on which examples: all that can be wrong is found before any of them is loaded.
 
 The examples are chosen once, by the first model that phinetune trained or by the data given, and encoded for each model in its own
-prompt. That every model is asked the same ones is checked row by row: a template or a context of its own may leave rows out. Not here:
-loading, measuring.
+prompt. That every model is asked the same ones is checked row by row: a template or a context of its own may leave rows out, or hold
+other ones out. Not here: loading, measuring.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Subjects:
-    """The models by stage name, in order; the stage of reference, and the stage by whose training the examples were chosen.
-
-    other_tokens: stages that read the same examples as other token ids.
-    """
+    """The models by stage name, in order; the stage of reference, the stage by whose training the examples were chosen, and what to mind."""
 
     by_name: dict[str, Subject]
     reference: str
     source: str
-    other_tokens: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def part(self) -> Part:
@@ -70,17 +67,18 @@ class Subjects:
 def find_subjects(request: Request, on_event: OnEvent) -> Subjects:
     """The models of `request`, found, and the examples they are asked. Raises one PhinetuneError with every problem."""
     errors: list[PhinetuneError] = []
+    notes: list[str] = []
     found = _found(request, errors, on_event)
     subjects = stage_names(request.models, found)
     _check_choices(request, list(subjects), len(found) == len(request.models), errors)
     trained = next((n for n, s in subjects.items() if _is_trained(s)), None)
     source = trained or next(iter(subjects), "")
     if subjects and (request.data is not None or trained or len(found) == len(request.models)):
-        subjects, others = _with_same_examples(subjects, source, request, errors, on_event)
+        subjects = _with_same_examples(subjects, source, request, errors, notes, on_event)
     raise_all(errors)
     adapter = next((n for n, s in subjects.items() if s.kind == "adapter"), None)
     reference = request.reference or adapter or next(iter(subjects))
-    return Subjects(subjects, reference, source, others)
+    return Subjects(subjects, reference, source, tuple(notes))
 
 
 def _found(request: Request, errors: list[PhinetuneError], on_event: OnEvent) -> dict[str, Subject]:
@@ -180,45 +178,71 @@ def _with_same_examples(
     source: str,
     request: Request,
     errors: list[PhinetuneError],
+    notes: list[str],
     on_event: OnEvent,
-) -> tuple[dict[str, Subject], tuple[str, ...]]:
-    """Each subject with the examples chosen for `source`, in its own prompt; and the names of those that read them as other tokens."""
+) -> dict[str, Subject]:
+    """Each subject with the examples chosen for `source`, in its own prompt. What keeps numbers from being comparable goes to `notes`."""
     split = request.split if request.split in ("test", "train", "all") else None
     most = request.max_examples if request.max_examples and request.max_examples > 0 else None
     before = len(errors)
     with _noted(errors):
         first = with_examples(subjects[source], request.data, _ASKED, split, most, on_event)
     if len(errors) > before or first.part is None:
-        return subjects, ()
+        return subjects
     chosen, ready = first.part, {**subjects, source: first}
     with _noted(errors):
         answerable(chosen.examples, [request.metric], chosen.config.path, on_event)
+    ids = _ids(chosen)
     for name in [n for n in subjects if n != source]:
         with _noted(errors):
-            ready[name] = with_examples(subjects[name], chosen.config, _ASKED, chosen.split, most, on_event)
-            _check_same(ready[name].part, chosen, name, source)
-    ids = list(chosen.examples.table["input_ids"])
-    parts = {n: s.part for n, s in ready.items() if s.part is not None}
-    return ready, tuple(n for n, part in parts.items() if list(part.examples.table["input_ids"]) != ids)
+            ready[name] = _asked_the_same(subjects[name], name, chosen, source, most, notes, on_event)
+            if _ids(ready[name].part) != ids:
+                notes.append(
+                    f"{name}: reads the examples as other tokens than {source}; perplexity and tokens/s count tokens, so these do not compare"
+                )
+    return ready
 
 
-def _check_same(part: Part | None, chosen: Part, name: str, source: str) -> None:
-    """Raises DataError unless both hold the same rows of the file with the same references, in the same order."""
-    wanted, found = _rows(chosen), _rows(part) if part is not None else []
-    if wanted == found:
-        return
-    others, own = set(found), set(wanted)
-    gone, new = [row for row in wanted if row not in others], [row for row in found if row not in own]
-    place = (gone or new or wanted)[0][0]
-    raise DataError(
-        f"{name}: would not be asked the same examples as {source}: of {len(wanted)}, {len(gone)} are missing and {len(new)} others "
-        f"come instead (the first: {place})",
-        "give data.chat_template, data.max_length or other data, or leave that model out",
-    )
+def _ids(part: Part | None) -> list[tuple[list[int], int]]:
+    """Of each example: all its ids, and how many of them are the prompt's."""
+    if part is None:
+        return []
+    table = part.examples.table
+    return list(zip(table["input_ids"], table["prompt_length"], strict=True))
 
 
-def _rows(part: Part) -> list[tuple[str, str, bool]]:
+def _asked_the_same(
+    subject: Subject, name: str, chosen: Part, source: str, most: int | None, notes: list[str], on_event: OnEvent
+) -> Subject:
+    """`subject` with the rows of `chosen`, the stage `source`'s. Raises DataError if one of them is not to be had for it."""
+    found = with_examples(subject, chosen.config, _ASKED, chosen.split, most, on_event)
+    wanted = _rows(chosen)
+    if _rows(found.part) == wanted:
+        return found
+    # what is held out is drawn by the prompts' ids, so with other ids it is other rows: take those that were chosen
+    every = with_examples(subject, replace(chosen.config, test_fraction=0.0), _ASKED, "all", None, _nobody)
+    rows = {row: i for i, row in enumerate(_rows(every.part))}
+    missing = [row for row in wanted if row not in rows]
+    if missing or every.part is None:
+        raise DataError(
+            f"{name}: cannot be asked the same examples as {source}: {len(missing)} of {len(wanted)} are not to be had for it, "
+            f"such as {missing[0][0]}",
+            "they may be too long for it, or read otherwise in its template: give other data, or leave that model out",
+        )
+    if chosen.split == "test" and _is_trained(subject):
+        unseen = set(_rows(with_examples(subject, chosen.config, _ASKED, "test", None, _nobody).part))
+        if seen := sum(row not in unseen for row in wanted):
+            notes.append(
+                f"{name}: {seen} of the {len(wanted)} examples are not among those that its own training held out"
+            )
+    examples = every.part.examples.subset([rows[row] for row in wanted])
+    return replace(every, part=replace(chosen, examples=examples))
+
+
+def _rows(part: Part | None) -> list[tuple[str, str, bool]]:
     """Of each example: where it stands, its reference, and whether there is a prompt to ask."""
+    if part is None:
+        return []
     table = part.examples.table
     asked = (length > 0 for length in table["prompt_length"])
     return list(zip(table["place"], table["completion"], asked, strict=True))
@@ -253,3 +277,7 @@ def said_once(on_event: OnEvent) -> OnEvent:
             on_event(event)
 
     return listen
+
+
+def _nobody(event: Event) -> None:
+    """Listens to what has been said already."""
