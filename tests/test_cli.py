@@ -14,7 +14,7 @@ import pytest
 from phinetune.cli.app import main
 from tiny import PROMPT
 
-COMMANDS = ("finetune", "evaluate", "merge", "export", "chat", "quickstart", "info", "init", "schema")
+COMMANDS = ("finetune", "evaluate", "compare", "merge", "export", "chat", "quickstart", "info", "init", "schema")
 
 
 def run(*args: str, stdin: str | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

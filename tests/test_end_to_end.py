@@ -55,7 +55,9 @@ def test_results_json_says_where_it_comes_from(quickstart: tuple[Path, dict[str,
 
 def test_the_terminal_shows_table_and_answers(quickstart: tuple[Path, dict[str, Any], str]) -> None:
     _, results, shown = quickstart
+    assert results["reference"] == "adapter" and "merged against adapter: " in shown and "report.html" in shown
     for stage in results["stages"]:
+        assert stage["missing"] == {} and stage["metrics"]["memory"] > 1e8 and stage["metrics"]["prefill_p50"] > 0
         assert f"{stage['correct']}/{stage['count']}" in shown and stage["stage"] in shown
     assert [a["phrase"] for a in results["unseen"]] == list(UNSEEN) and all(p in shown for p in UNSEEN)
     assert all(a["answer"] in ("joy", "sadness", "fear", "surprise") for a in results["unseen"])

@@ -20,7 +20,7 @@ NONE = "–"
 def cell_text(name: str, value: float | None) -> str:
     """The number called `name` in its column: rates in whole tokens, since their unit is in the head; perplexities in four digits."""
     if value is not None and name == "perplexity":
-        return f"{value:#.4g}"
+        return f"{value:#.4g}".rstrip(".")
     unit = measurements()[name].unit
     return f"{value:.0f}" if value is not None and unit == "tokens/s" else number_text(value, unit)
 

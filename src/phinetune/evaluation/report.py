@@ -171,7 +171,7 @@ def _origin(record: dict[str, Any]) -> str:
     lines = [
         ("data", f"{data['path']}, {record['split']} part, seed {data['seed']}"),
         ("machine", f"{machine['processor']}, {machine['cores']} cores{memory}, {machine['system']}"),
-        ("threads", f"{machine['threads']} for torch; ONNX Runtime chooses its own"),
+        ("threads", f"{machine['threads']} (torch)"),
         ("versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
         *((s["stage"], s["path"]) for s in record["stages"]),
     ]
