@@ -23,11 +23,14 @@ from phinetune.exporting.verify import run_graph
 from phinetune.exporting.ways import Way, codes_of, joined
 from phinetune.model.grid import Codes, Grid, quantize
 from phinetune.model.load import LoadPlan, load_model
-from phinetune.workflow.quantize import parts_in, put_codes
+from phinetune.workflow.quantize import Calibration, parts_in, put_codes
 from tiny import tiny_folder, tiny_model
 
 IDS = [1, 7, 42, 100, 5, 200, 3, 9]
 ROWS = [[(7 * i + 3 * j) % 300 + 1 for j in range(5 + i % 9)] for i in range(24)]
+
+
+EXAMPLES = Calibration(ROWS, [3] * len(ROWS))
 
 
 def no_one(event: Any) -> None:
@@ -76,7 +79,7 @@ def test_the_graph_computes_with_the_codes_put_into_it(tie: bool, tmp_path: Path
     folder = phinetune.export(str(source), tmp_path / "onnx", {"algorithm": "default", "accuracy_level": 1}).folder
     before = run_graph(folder, IDS)["logits"]
     size = (folder / "model.onnx.data").stat().st_size
-    put_codes(source, folder, ExportConfig(), "gptq", ROWS, False, no_one)
+    put_codes(source, folder, ExportConfig(), "gptq", EXAMPLES, False, no_one)
     model, codes = plain(source), codes_of(source, "gptq", Grid(), ROWS)
     for name, module in model.named_modules():
         if name in codes:
@@ -222,7 +225,7 @@ def test_calibration_data_that_is_not_there(
         ({"algorithm": "searched", "use_qdq": True}, "use_qdq: not with searched"),
         ({"algorithm": "gptq", "block_size": 64}, "block_size: blocks of 64 do not divide its 96 inputs"),
         ({"algorithm": "gptq", "calibration_examples": 0}, "calibration_examples: must be at least 1"),
-        ({"algorithm": "default", "calibration_data": "x.jsonl"}, "calibration_data: is for gptq and searched"),
+        ({"algorithm": "default", "calibration_data": "x.jsonl"}, "calibration_data: is for gptq, searched and mixed"),
         ({"max_drop": -0.1}, "max_drop: must be 0 or above"),
     ],
 )

@@ -28,7 +28,7 @@ from phinetune.lora.layer import lora_layers
 from phinetune.model.folder import base_key
 from phinetune.model.grid import Grid, quantize
 from phinetune.model.load import LoadPlan, load_model
-from phinetune.workflow.quantize import put_codes
+from phinetune.workflow.quantize import Calibration, put_codes
 from phinetune.workflow.survival import check_weights, worst_layers
 from tiny import tiny_folder, tiny_model
 
@@ -66,7 +66,7 @@ def gauge(made: Any, onnx: Path) -> tuple[dict[str, Any], list[str]]:
 def with_codes_of(made: Any, source: Path, folder: Path) -> Path:
     """The exported folder, holding what another model's weights are rounded to."""
     shutil.copytree(made.onnx, folder)
-    put_codes(source, folder, ExportConfig(), "default", (), False, no_one)
+    put_codes(source, folder, ExportConfig(), "default", Calibration(), False, no_one)
     return folder
 
 
@@ -119,7 +119,7 @@ def test_no_false_alarm(seed: int, way: Any, tmp_path: Path, made: Any) -> None:
     merged = phinetune.merge(str(adapter), tmp_path / "merged").folder
     folder = Path(shutil.copytree(made.onnx, tmp_path / "onnx"))
     rows = [[(5 * i + 3 * j + seed) % 300 + 1 for j in range(12)] for i in range(24)]
-    put_codes(merged, folder, ExportConfig(), way, rows, False, no_one)
+    put_codes(merged, folder, ExportConfig(), way, Calibration(rows, [6] * len(rows)), False, no_one)
     _, faults = check_weights(merged, folder, None, False, no_one)
     assert not faults
 
@@ -193,7 +193,7 @@ def test_answers_that_are_lost_fail_the_run_and_name_layers(
 
     def of_the_base(source: Path, *args: Any) -> Any:  # the adapter was not applied: the graph answers as the base does
         base = Path(json.loads((tuned / "manifest.json").read_text())["base_model"])
-        put_codes(base, args[0], ExportConfig(), "default", (), False, no_one)
+        put_codes(base, args[0], ExportConfig(), "default", Calibration(), False, no_one)
         return check_weights(source, *args)
 
     monkeypatch.setattr(module, "check_weights", of_the_base)
@@ -209,7 +209,7 @@ def test_answers_that_are_lost_fail_the_run_and_name_layers(
 def test_auto_tries_the_next_way_and_says_so(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from phinetune.workflow import export as module
 
-    drops = iter([0.5, 0.5, 0.0])
+    drops = iter([0.5, 0.5, 0.5, 0.0])
     monkeypatch.setattr(
         module, "check_answers", lambda *args: ({"drop": (d := next(drops))}, "too much is lost" if d else "")
     )
@@ -218,7 +218,7 @@ def test_auto_tries_the_next_way_and_says_so(tuned: Path, tmp_path: Path, monkey
         str(tuned), tmp_path / "onnx", on_event=lambda e: notes.append(e.text) if isinstance(e, Note) else None
     )
     survival = result.manifest["survival"]
-    assert survival["way"] == "default" and survival["tried"] == ["gptq", "searched", "default"]
+    assert survival["way"] == "default" and survival["tried"] == ["gptq", "mixed", "searched", "default"]
     assert survival["why"] == "searched lost too much" and "export: codes by default (searched lost too much)" in notes
 
 

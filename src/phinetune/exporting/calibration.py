@@ -95,7 +95,7 @@ def quantize_in_order(
     model: a causal language model in eval mode, which is changed. Linear layers that nothing goes into (experts nobody chose) get none.
     """
     prefix, layers = decoder_layers(model)
-    captured = _first_inputs(model, layers, batches)
+    captured = first_inputs(model, layers, batches)
     on_event(Progress("quantizing", 0, len(layers) + 1))
     hidden = [first for first, _ in captured]
     for i, layer in enumerate(layers):
@@ -104,12 +104,12 @@ def quantize_in_order(
         try:
             for x, (_, calls), batch in zip(hidden, captured, batches, strict=True):
                 moments.rows = batch["attention_mask"].flatten().bool()
-                _run(layer, x, calls[i])
+                run_layer(layer, x, calls[i])
         finally:
             moments.close()
         for first, names in moments.groups.items():
             quantize({name: linears[name] for name in names}, moments.sums[first])
-        hidden = [_run(layer, x, calls[i]) for x, (_, calls) in zip(hidden, captured, strict=True)]
+        hidden = [run_layer(layer, x, calls[i]) for x, (_, calls) in zip(hidden, captured, strict=True)]
         on_event(Progress("quantizing", i + 1, len(layers) + 1))
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear) and head.weight is not model.get_input_embeddings().weight:
@@ -118,13 +118,14 @@ def quantize_in_order(
     on_event(Progress("quantizing", len(layers) + 1, len(layers) + 1))
 
 
-def _run(layer: nn.Module, hidden: Tensor, given: dict[str, Any]) -> Tensor:
+def run_layer(layer: nn.Module, hidden: Tensor, given: dict[str, Any]) -> Tensor:
+    """The hidden states (batch, tokens, width) after a decoder layer that is `given` the rest as the model gave it."""
     found = layer(hidden, **given)
     result: Tensor = found[0] if isinstance(found, tuple) else found
     return result
 
 
-def _first_inputs(
+def first_inputs(
     model: Any, layers: nn.ModuleList, batches: Sequence[dict[str, Tensor]]
 ) -> list[tuple[Tensor, list[dict[str, Any]]]]:
     """For each batch: what comes into the first layer, and what each layer is given beside the hidden states."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +125,47 @@ class GraphCodes:
     def write(self, codes: Mapping[str, Codes]) -> None:
         """Put `codes` (product -> its rows') in the place of what the graph holds; both files are written anew.
 
-        Raises ExportError for a product that the graph does not have or whose shape is another.
+        A product may get codes of other bits than it has; block size and zero points stay. Raises ExportError for a product that the
+        graph does not have or whose shape is another.
         """
         changed: dict[str, bytes] = {}
         for product, new in codes.items():
             stored = self.stored.get(product)
             if stored is None or new.codes.shape != (stored.outputs, stored.inputs):
                 raise ExportError(f"{product}: the graph has no product of {tuple(new.codes.shape)} to put codes into")
-            if new.grid != stored.grid:
+            if replace(new.grid, bits=stored.grid.bits) != stored.grid:
                 raise ExportError(f"{product}: codes of {new.grid}, the graph has {stored.grid}")
+            if new.grid.bits != stored.grid.bits:
+                self._change_bits(stored, new.grid.bits)
             changed |= self._tensors_of(stored, new)
         self._rewrite(changed)
+
+    def _change_bits(self, stored: Stored, bits: int) -> None:
+        """Make room for codes of `bits` in a product, and in the embedding where it shares the product's weight."""
+        from onnx import numpy_helper
+
+        was, graph = stored.grid.bits, self.model.graph
+        for name in filter(None, (stored.weight, stored.zeros)):
+            dims = self.tensors[name].dims
+            last = -(-stored.inputs // stored.grid.block_size) if name == stored.zeros else stored.grid.block_size
+            dims[-1] = -(-last * bits // 8)
+        readers = [n for n in graph.node if stored.weight in n.input]
+        reshapes = [n for n in readers if n.op_type == "Reshape"]
+        views = {output for n in reshapes for output in n.output}
+        for node in [*readers, *(n for n in graph.node if views & set(n.input))]:
+            if node.op_type not in ("MatMulNBits", "GatherBlockQuantized", "Reshape"):
+                raise ExportError(
+                    f"{stored.node}: its weight is read by {node.op_type} too, which has no bits to change"
+                )
+            for attribute in node.attribute:
+                attribute.i = bits if attribute.name == "bits" else attribute.i
+            if node.op_type == "MatMulNBits":
+                node.name = node.name.removesuffix(f"_Q{was}") + f"_Q{bits}"
+        for node in reshapes:
+            shape = np.array([stored.outputs, stored.inputs * bits // 8], dtype=np.int64)
+            node.input[1] = f"{stored.node}/shape_of_{bits}_bits"
+            if not any(t.name == node.input[1] for t in graph.initializer):
+                graph.initializer.append(numpy_helper.from_array(shape, node.input[1]))
 
     def _tensors_of(self, stored: Stored, new: Codes) -> dict[str, bytes]:
         """Tensor's name -> its new bytes."""

@@ -9,6 +9,9 @@ from typing import Any, ClassVar, Literal
 from phinetune.config import STRICT
 from phinetune.model.grid import Grid
 
+OURS = ("auto", "gptq", "searched", "mixed")
+"""Algorithms whose codes are put into the graph that the builder made with its default one."""
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -25,14 +28,16 @@ class ExportConfig:
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
     """int4, int8: lowest precision of the activations in the products: 4 int8, 3 bf16, 2 fp16, 1 fp32, 0 the runtime's choice."""
     algorithm: Literal[
-        "auto", "gptq", "searched",
+        "auto", "gptq", "searched", "mixed",
         "default", "rtn", "rtn_last", "k_quant", "k_quant_last", "k_quant_mixed", "k_quant_linear",
     ] = "auto"  # fmt: skip
-    """int4, int8: how codes and scales are chosen. Ours: gptq (rounding errors made up for, on examples of the training), searched (scales that lose least), auto (the nearest codes for an adapter trained for them, else gptq, else searched). The builder's: default (the nearest codes), the others; int4 only: _last keeps the output layer at 8 bits, _mixed also the most sensitive layers, _linear also linear attention."""
+    """int4, int8: how codes and scales are chosen. Ours: gptq (rounding errors made up for, on examples of the training), searched (scales that lose least), mixed (int4 only: gptq, and 8 bits for the layers whose rounding changes the answers most, within size_budget), auto (the nearest codes for an adapter trained for them, else gptq, mixed or searched, whichever first keeps the answers). The builder's: default (the nearest codes), the others; int4 only: _last keeps the output layer at 8 bits, _mixed also the most sensitive layers, _linear also linear attention."""
+    size_budget: float = 1.02
+    """mixed: most bytes that the integers and their scales may take, as a multiple of what they take with 4 bits everywhere."""
     calibration_examples: int = 128
-    """gptq, searched: at most so many examples to weigh errors by."""
+    """gptq, searched, mixed: at most so many examples to weigh errors by."""
     calibration_data: str | dict[str, Any] | None = None
-    """gptq, searched: a file of examples, or fields of data; by default the examples of the training. What it does not say is as in training."""
+    """gptq, searched, mixed: a file of examples, or fields of data; by default the examples of the training. What it does not say is as in training."""
     max_drop: float | Literal["any"] | None = None
     """int4, int8: most that held-out answers may lose, as a share: points of exact answers, or perplexity where answers are free text. More is an error. "any": it is only said. By default 0.01, and "any" in a workflow, whose evaluators and goals judge."""
     execution_provider: Literal["cpu", "cuda", "dml", "webgpu"] = "cpu"
@@ -77,7 +82,7 @@ class ExportConfig:
     @property
     def as_built(self) -> ExportConfig:
         """What the builder is asked for: its own algorithm where codes are put in afterwards."""
-        return replace(self, algorithm="default") if self.algorithm in ("auto", "gptq", "searched") else self
+        return replace(self, algorithm="default") if self.algorithm in OURS else self
 
     @property
     def answers_prompts(self) -> bool:

@@ -128,8 +128,11 @@ def _product(node: Any, makers: dict[str, Any], stored: dict[str, Any]) -> Produ
 
 def graph_problems(found: GraphFacts, config: ExportConfig) -> list[str]:
     """One line for each requested option that the graph does not show."""
-    config = config.as_built  # where codes are put in afterwards, the graph is still the builder's
-    problems = _quantization_problems(found, config) if config.quantized else _float_problems(found, config)
+    mixed, config = (
+        config.algorithm in ("mixed", "auto"),
+        config.as_built,
+    )  # but for the bits, the graph stays the builder's
+    problems = _quantization_problems(found, config, mixed) if config.quantized else _float_problems(found, config)
     return problems + _shape_problems(found, config)
 
 
@@ -144,8 +147,8 @@ def _float_problems(found: GraphFacts, config: ExportConfig) -> list[str]:
     return problems
 
 
-def _quantization_problems(found: GraphFacts, config: ExportConfig) -> list[str]:
-    """Differences in what is quantized and how."""
+def _quantization_problems(found: GraphFacts, config: ExportConfig, mixed: bool) -> list[str]:
+    """Differences in what is quantized and how; `mixed`: some layers may have got 8 bits afterwards."""
     problems = _coverage_problems(found, config)
     if not found.quantized:
         return problems
@@ -167,7 +170,7 @@ def _quantization_problems(found: GraphFacts, config: ExportConfig) -> list[str]
     other = [p.name for p in found.products if p.grouped == (algorithm == "default")]
     if other:
         problems.append(f"{len(other)} products were quantized by another algorithm than {algorithm}")
-    return problems + _bit_problems(found, config)
+    return problems + _bit_problems(found, config, mixed)
 
 
 def _coverage_problems(found: GraphFacts, config: ExportConfig) -> list[str]:
@@ -199,7 +202,7 @@ def _coverage_problems(found: GraphFacts, config: ExportConfig) -> list[str]:
     return problems
 
 
-def _bit_problems(found: GraphFacts, config: ExportConfig) -> list[str]:
+def _bit_problems(found: GraphFacts, config: ExportConfig, mixed: bool) -> list[str]:
     """Differences in the numbers of bits, layer by layer."""
     bits, algorithm = found.count("bits"), config.algorithm
     if "matmul_mixed_precision" in (config.extra_options or {}):
@@ -207,7 +210,7 @@ def _bit_problems(found: GraphFacts, config: ExportConfig) -> list[str]:
     if config.precision == "int8":
         return [] if set(bits) == {8} else [f"weights have {sorted(bits)} bits, [8] were asked for"]
     raises_layers = algorithm in ("rtn_last", "k_quant_last", "k_quant_mixed", "k_quant_linear")
-    allowed = {4, 8} if raises_layers else {4}
+    allowed = {4, 8} if raises_layers or mixed else {4}
     problems = []
     if not set(bits) <= allowed or 4 not in bits:
         problems.append(f"weights have {sorted(bits)} bits, {sorted(allowed)} were asked for")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.errors import ConfigError, did_you_mean
-from phinetune.exporting.config import ExportConfig
+from phinetune.exporting.config import OURS, ExportConfig
 
 BUILDER_NAMES = {"symmetric": "is_symmetric", "algorithm": "algo_config"}
 """Our fields that have another name in the builder."""
@@ -106,9 +106,13 @@ def _own_ways(config: ExportConfig, model_config: dict[str, Any]) -> Iterator[st
         yield f"calibration_examples: must be at least 1 (found: {config.calibration_examples})"
     if isinstance(config.max_drop, int | float) and not config.max_drop >= 0:
         yield f"max_drop: must be 0 or above (found: {config.max_drop})"
-    if config.algorithm not in ("gptq", "searched"):
+    if not config.size_budget >= 1:
+        yield f"size_budget: must be at least 1 (found: {config.size_budget})"
+    if config.algorithm == "mixed" and config.precision == "int8":
+        yield "algorithm: mixed raises layers of an int4 model to 8 bits, the precision is int8"
+    if config.algorithm not in OURS[1:]:
         if config.calibration_data is not None and config.algorithm != "auto":
-            yield f"calibration_data: is for gptq and searched, the algorithm is {config.algorithm}"
+            yield f"calibration_data: is for gptq, searched and mixed, the algorithm is {config.algorithm}"
         return
     if config.grid is None:
         yield f"algorithm: {config.algorithm} is for int4 and int8, the precision is {config.precision}"

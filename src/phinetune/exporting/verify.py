@@ -16,7 +16,7 @@ from phinetune.errors import ExportError
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.exporting.config import ExportConfig
 from phinetune.exporting.graph import graph_problems, read_graph
-from phinetune.generation.onnx_backend import OnnxGenerator, onnx_runtime
+from phinetune.generation.onnx_backend import OnnxGenerator, onnx_runtime, open_folder
 from phinetune.model.contract import Probe, PromptContract
 
 GENAI_CONFIG = "genai_config.json"
@@ -87,12 +87,11 @@ def open_model(folder: Path, config: ExportConfig) -> tuple[Any, str]:
     og = onnx_runtime()
     provider = config.execution_provider
     has_it = provider == "cpu" or bool(getattr(og, f"is_{provider}_available", lambda: False)())
-    settings, lacking = og.Config(str(folder)), ""
+    lacking = ""
     if not has_it:
-        settings.clear_providers()
         lacking = f"this machine's onnxruntime-genai has no {provider}: verified on the CPU"
     try:
-        return og.Model(settings), lacking
+        return open_folder(folder, providers=has_it), lacking
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if not has_it and _NO_KERNEL in reason:

@@ -3,6 +3,7 @@
     default    the nearest codes, with ONNX Runtime's own scales: what its builder writes
     searched   the nearest codes for the scales that lose least
     gptq       searched scales, and rounding errors made up for by what is rounded later
+    mixed      gptq, and 8 bits for the products whose rounding changes the answers most (`sensitivity.py`)
 
 `searched` and `gptq` weigh errors by what comes into each layer on the examples of the training, if they are given; `gptq` needs them.
 The model is a copy in memory and is used up. Its output layer, where it is the input embedding as well, is rounded first and for
@@ -27,8 +28,8 @@ from phinetune.exporting.rounding_ways import gptq, least_error
 from phinetune.model.folder import stored_dtype
 from phinetune.model.grid import Codes, Grid, join, quantize
 
-Way = Literal["default", "searched", "gptq"]
-OWN_WAYS: tuple[Way, ...] = ("searched", "gptq")
+Way = Literal["default", "searched", "gptq", "mixed"]
+OWN_WAYS: tuple[Way, ...] = ("searched", "gptq", "mixed")
 """Ways that the builder does not know."""
 
 
@@ -46,12 +47,13 @@ def codes_of(
     """Codes of every linear layer of the plain model in `folder`, by the module's name.
 
     rows: token ids of examples, none for `default`. kept: modules that stay as they are. kept_as: the dtype of the graph's
-    scales. Raises ConfigError where the blocks do not divide a layer's inputs, ValueError for `gptq` without examples.
+    scales. Raises ConfigError where the blocks do not divide a layer's inputs, ValueError for `gptq` and `mixed` without examples. `mixed` gives
+    those of `gptq`: which products get other bits is `raise_most_sensitive`'s.
     """
     from phinetune.model.load import LoadPlan, load_model
 
-    if way == "gptq" and not rows:
-        raise ValueError("gptq needs examples")
+    if way in ("gptq", "mixed") and not rows:
+        raise ValueError(f"{way} needs examples")
     model = load_model(folder, LoadPlan(stored_dtype(folder), torch.device("cpu"), None, trust_remote_code))
     job = _Quantizing(model, way, grid, frozenset(kept), kept_as)
     job.shared_embedding()
@@ -104,7 +106,7 @@ class _Quantizing:
         weight = torch.cat([m.weight for m in wanted.values()])
         codes = (
             gptq(weight, moments, self.grid, self.kept_as)
-            if self.way == "gptq"
+            if self.way in ("gptq", "mixed")
             else least_error(weight, self.grid, moments.diagonal(), self.kept_as)
         )
         start = 0

@@ -11,6 +11,7 @@ from typing import Any
 from phinetune.data.examples import MASKED
 from phinetune.errors import AdapterError, ExportError, MissingPackageError, did_you_mean
 from phinetune.generation.protocol import Completion, LabelledIds, Prediction, Sampling, completion
+from phinetune.generation.threads import as_overlay, threads_for
 from phinetune.model.contract import PromptContract, load_contract
 
 ADAPTER_SUFFIX = ".onnx_adapter"
@@ -168,11 +169,11 @@ def load_onnx(folder: Path, adapter: str | None = None) -> OnnxGenerator:
     Raises ExportError if ONNX Runtime cannot load it, or if it was exported without its embedding or output layer; AdapterError if
     there is no such adapter.
     """
-    og = onnx_runtime()
+    onnx_runtime()
     contract = load_contract(folder)
     check_complete(folder)
     try:
-        model = og.Model(str(folder))
+        model = open_folder(folder)
     except Exception as error:
         raise ExportError(
             f"{folder}: ONNX Runtime cannot load this model: {(str(error).strip() or repr(error)).splitlines()[0]}",
@@ -182,6 +183,21 @@ def load_onnx(folder: Path, adapter: str | None = None) -> OnnxGenerator:
     if adapter is None and not any(folder.glob(f"*{ADAPTER_SUFFIX}")):
         return generator
     return replace(generator, adapters=OnnxAdapters(model, folder)).with_adapter(adapter)
+
+
+def open_folder(folder: Path, threads: int | None = None, providers: bool = True) -> Any:
+    """The `onnxruntime_genai.Model` of an exported folder, on `threads` threads or as many as are best here; else what the runtime raises.
+
+    providers: run on what its settings name; false for the CPU.
+    """
+    og = onnx_runtime()
+    settings = og.Config(str(folder))
+    if not providers:
+        settings.clear_providers()
+    threads = threads or threads_for(folder)
+    if threads is not None and hasattr(settings, "overlay"):  # onnxruntime-genai 0.11 has it not
+        settings.overlay(as_overlay(threads))
+    return og.Model(settings)
 
 
 def check_complete(folder: Path) -> None:

@@ -41,15 +41,26 @@ def bfloat16_speedup(device: torch.device) -> float:
     measured = measured_speedup(device)
     if measured is None:
         measured = round(_measure(device), 2)
-        entry = {"bfloat16_speedup": measured, "machine": processor_name(), "device": str(device)}
-        write_json(cache_folder() / "machine.json", {**_measured(), _speedup_key(device): entry})
+        keep_measured(_speedup_key(device), {"bfloat16_speedup": measured, "device": str(device)})
     return measured
 
 
 def measured_speedup(device: torch.device) -> float | None:
     """What `bfloat16_speedup` has found out on this machine before; None where nothing was measured yet."""
-    entry = _measured().get(_speedup_key(device))
+    entry = read_measured(_speedup_key(device))
     return float(entry["bfloat16_speedup"]) if entry else None
+
+
+def read_measured(key: str) -> dict[str, Any]:
+    """What was measured under `key` before; empty if nothing was."""
+    found = _measured().get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def keep_measured(key: str, entry: dict[str, Any]) -> None:
+    """Remember what was measured on this machine under `key`."""
+    entry = {**entry, "machine": processor_name()}
+    write_json(cache_folder() / "machine.json", {**_measured(), key: entry})
 
 
 def _measured() -> dict[str, Any]:
@@ -72,6 +83,17 @@ def machine_key() -> str:
     import torch
 
     return content_key(processor_name(), torch.__version__, torch.get_num_threads())[:16]
+
+
+def usable_cpus() -> int:
+    """Processors that this process may use at a time: those it is allowed to run on, and no more than its container's share of them."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        allowed = min(allowed, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no control group, or "max"
+        pass
+    return allowed
 
 
 def resident_memory() -> int:

@@ -19,9 +19,12 @@ from phinetune.exporting.build import build_onnx, check_builder
 from phinetune.exporting.config import ExportConfig
 from phinetune.exporting.options import check_options, installed_builder
 from phinetune.generation.load import adapter_base, find
+from phinetune.generation.onnx_backend import open_folder
+from phinetune.generation.threads import measure_threads, threads_for
 from phinetune.model.contract import Probe, PromptContract
 from phinetune.model.folder import base_key, weight_files
 from phinetune.model.grid import read_grid
+from phinetune.quiet import measuring
 from phinetune.workflow.merge import INHERITED, adapter_key, merge
 from phinetune.workflow.quantize import choose_ways, put_codes
 from phinetune.workflow.survival import Reference, check_answers, check_weights, reference_answers, worst_layers
@@ -96,10 +99,23 @@ def export(
         if config.quantized and config.answers_prompts:
             job = _Codes(source, partial, config, made_from, base_model, trust_remote_code, on_event)
             record["survival"] = job.settle(compare_answers)
+        if config.execution_provider == "cpu" and config.answers_prompts:
+            record["threads"] = choose_threads(partial, on_event)
         shutil.rmtree(partial / "merged", ignore_errors=True)
     sure = "" if "not_verified" in record["verified"] else "; options, token ids, stop ids and loading verified"
     on_event(Note(f"ONNX {config.precision}: written to {folder}{sure}"))
     return StageFolder(folder, read_manifest(folder))
+
+
+def choose_threads(folder: Path, on_event: OnEvent) -> dict[str, Any]:
+    """How many threads the folder is run with on this machine, and the seconds that this was chosen by, if it was measured."""
+    with measuring(on_event):
+        seconds = measure_threads(folder, lambda threads: open_folder(folder, threads))
+    threads = threads_for(folder)
+    if len(seconds) > 1:
+        times = ", ".join(f"{s * 1e3:.0f} ms with {n}" for n, s in seconds.items())
+        on_event(Note(f"export: {threads} threads are best on this machine ({times}, a short prompt with its answer)"))
+    return {"chosen": threads, "seconds": seconds}
 
 
 class _Codes:
@@ -133,13 +149,17 @@ class _Codes:
         if compare_answers and isinstance(reference, str):
             self.on_event(Note(f"export: answers before and after are not compared: {reference}"))
         tried: list[dict[str, Any]] = []
+        raised: dict[str, float] = {}
         for i, way in enumerate(choice.ways):
             if way != "default" or i:  # the builder's own codes are in the graph already
-                put_codes(self.source, self.folder, self.config, way, choice.rows, self.trust, self.on_event)
+                raised = put_codes(
+                    self.source, self.folder, self.config, way, choice.examples, self.trust, self.on_event
+                )
                 verify(self.folder, self.config, self.contract, (), lambda event: None)  # the graph is another one now
             why = choice.reason if not i else f"{choice.ways[i - 1]} lost too much"
             self.on_event(Note(f"export: codes by {way}{f' ({why})' if why else ''}"))
             figures, problems = self.gauge(reference)
+            figures |= {"raised": raised} if raised else {}
             tried.append({"way": way, "why": why, **figures, **({"problems": problems} if problems else {})})
             if not problems:
                 return {**tried[-1], **({"tried": [t["way"] for t in tried]} if i else {})}

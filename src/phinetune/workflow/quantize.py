@@ -8,10 +8,10 @@ computed for the plain model that was built and put into the graph, which is the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phinetune.errors import ConfigError, DataError, ExportError
 from phinetune.events import Event, Note, OnEvent, log_event
@@ -21,17 +21,30 @@ from phinetune.exporting.ways import OWN_WAYS, Way
 from phinetune.model.compute import available_memory
 from phinetune.model.contract import PromptContract
 from phinetune.model.folder import stored_dtype, weight_files
-from phinetune.model.grid import Grid
+from phinetune.model.grid import Codes, Grid
 from phinetune.workflow.held_out import choose_examples
+
+if TYPE_CHECKING:
+    import torch
+
+    from phinetune.exporting.sensitivity import Spans
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Examples, prompts with answers: their token ids, and where the answer of each begins."""
+
+    rows: Sequence[Sequence[int]] = ()
+    starts: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The ways to integers that are tried, in order, why the first comes first, and the token ids of the examples of calibration."""
+    """The ways to integers that are tried, in order, why the first comes first, and the examples of calibration."""
 
     ways: tuple[Way, ...]
     reason: str = ""
-    rows: Sequence[Sequence[int]] = field(default=(), repr=False)
+    examples: Calibration = field(default=Calibration(), repr=False)
 
 
 def choose_ways(
@@ -57,17 +70,20 @@ def choose_ways(
         on_event(Note(f"export: {text}; what it won by that is not kept", warning=True))
     missing = ""
     try:
-        rows = calibration_rows(config, manifest, contract)
+        examples = calibration_examples(config, manifest, contract)
     except (ConfigError, DataError) as error:
-        if asked == "gptq" or config.calibration_data is not None:
+        if asked in ("gptq", "mixed") or config.calibration_data is not None:
             raise
-        rows, missing = [], f"no examples to be calibrated on: {error.problems[0]}"
+        examples, missing = Calibration(), f"no examples to be calibrated on: {error.problems[0]}"
+    count = len(examples.rows)
     if asked != "auto":
-        return Choice((asked,), f"as asked, {len(rows)} examples" if rows else missing, rows)
-    others: tuple[Way, ...] = ("gptq", "searched") if rows else ("searched",)
+        return Choice((asked,), f"as asked, {count} examples" if count else missing, examples)
+    others: tuple[Way, ...] = ("searched",)
+    if count:
+        others = ("gptq", "mixed", "searched") if grid.bits == 4 else ("gptq", "searched")
     if trained_grid == grid:
-        return Choice(("default", *others), "the adapter was trained for exactly these codes", rows)
-    return Choice((*others, "default"), f"calibrated on {len(rows)} examples" if rows else missing, rows)
+        return Choice(("default", *others), "the adapter was trained for exactly these codes", examples)
+    return Choice((*others, "default"), f"calibrated on {count} examples" if count else missing, examples)
 
 
 def cannot(config: ExportConfig, source: Path) -> str:
@@ -90,8 +106,8 @@ def out_of_memory(source: Path, bytes_each: int) -> str:
     return f"the model does not fit into the free memory ({free / 1e9:.1f} GB)"
 
 
-def calibration_rows(config: ExportConfig, manifest: dict[str, Any], contract: PromptContract) -> list[list[int]]:
-    """Token ids of `config.calibration_examples` examples, prompts with answers: of `calibration_data`, else of the training.
+def calibration_examples(config: ExportConfig, manifest: dict[str, Any], contract: PromptContract) -> Calibration:
+    """`config.calibration_examples` examples: of `calibration_data`, else of the training.
 
     Raises ConfigError where no data is known, DataError where there is none.
     """
@@ -99,7 +115,8 @@ def calibration_rows(config: ExportConfig, manifest: dict[str, Any], contract: P
         part = choose_examples(config.calibration_data, "all", manifest, contract, config.calibration_examples, _nobody)
     else:
         part = choose_examples(None, "train", manifest, contract, config.calibration_examples, _nobody)
-    return [list(row["input_ids"]) for row in part.examples.table]
+    table = list(part.examples.table)
+    return Calibration([list(row["input_ids"]) for row in table], [row["prompt_length"] for row in table])
 
 
 def put_codes(
@@ -107,16 +124,15 @@ def put_codes(
     folder: Path,
     config: ExportConfig,
     way: Way,
-    rows: Sequence[Sequence[int]],
+    examples: Calibration,
     trust_remote_code: bool,
     on_event: OnEvent,
-) -> None:
+) -> dict[str, float]:
     """Compute the codes of `way` for the model in `source` and put them into the graph in `folder`.
 
-    Raises ExportError if the graph does not then hold exactly these.
+    Returns product -> divergence of those that got 8 bits (`mixed`). Raises ExportError if the graph does not then hold exactly
+    these codes.
     """
-    import torch
-
     from phinetune.exporting.ways import codes_of, joined
 
     graph, grid = GraphCodes(folder), config.grid
@@ -125,20 +141,75 @@ def put_codes(
     parts = parts_in(graph, source)
     used = {module for spans in parts.values() for module, _, _ in spans}
     kept = [module for module in _matrices(source) if module not in used]  # floating point in the graph
-    calibrated = rows if way != "default" else ()
+    calibrated = examples.rows if way != "default" else ()
     codes = codes_of(source, way, grid, calibrated, kept, graph.scale_dtype, trust_remote_code, on_event)
     new = {product: found for product, spans in parts.items() if (found := joined(codes, spans)) is not None}
     if left := [product for product in graph.stored if product not in new]:
         on_event(Note(f"export: {len(left)} products keep the nearest codes, as {left[0]}", warning=True))
+    raised: dict[str, float] = {}
+    if way == "mixed":
+        known = {product: parts[product] for product in new}
+        raised, better = raise_most_sensitive(
+            source, config, known, codes, examples, graph.scale_dtype, trust_remote_code, on_event
+        )
+        new |= better
     graph.write(new)
-    again = GraphCodes(folder)
+    _check_held(GraphCodes(folder), new)
+    return raised
+
+
+def _check_held(graph: GraphCodes, new: Mapping[str, Codes]) -> None:
+    """Raises ExportError for a product of `graph` that does not hold the codes which were put into it."""
+    import torch
+
     for product, asked in new.items():
-        found = again.read(product)
+        found = graph.read(product)
         pairs = [(found.codes, asked.codes), (found.scales, asked.scales)]
         if found.zeros is not None and asked.zeros is not None:
             pairs.append((found.zeros, asked.zeros))
-        if not all(torch.equal(a, b) for a, b in pairs):
+        if found.grid != asked.grid or not all(torch.equal(a, b) for a, b in pairs):
             raise ExportError(f"{product}: the graph does not hold the codes that were put into it")
+
+
+def raise_most_sensitive(
+    source: Path,
+    config: ExportConfig,
+    parts: Mapping[str, Spans],
+    codes: Mapping[str, Codes],
+    examples: Calibration,
+    kept_as: torch.dtype,
+    trust_remote_code: bool,
+    on_event: OnEvent,
+) -> tuple[dict[str, float], dict[str, Codes]]:
+    """What the rounding of a product to `codes` alone changes in the answers (nats a token), of those that `size_budget` gives 8 bits,
+    and their codes of 8 bits, with scales in `kept_as`."""
+    import torch
+
+    from phinetune.exporting.rounding_ways import least_error
+    from phinetune.exporting.sensitivity import choose_raised, divergences
+    from phinetune.model.load import LoadPlan, load_model
+
+    model = load_model(source, LoadPlan(stored_dtype(source), torch.device("cpu"), None, trust_remote_code)).eval()
+    found = divergences(model, parts, codes, examples.rows, examples.starts, on_event)
+    matrices = _matrices(source)
+    numbers = {p: sum((stop - start) * matrices[m][1] for m, start, stop in spans) for p, spans in parts.items()}
+    whole = sum(n // 2 + n // config.block_size * kept_as.itemsize for n in numbers.values())
+    budget = int(whole * (config.size_budget - 1))
+    raised = choose_raised(found, {p: n // 2 for p, n in numbers.items()}, budget)
+    total, away = sum(found.values()), sum(found[p] for p in raised)
+    which = ", ".join(raised[:3]) + (" ..." if len(raised) > 3 else "")
+    on_event(
+        Note(
+            f"export: 8 bits for {len(raised)} of {len(parts)} products, which make {away / total if total else 0:.0%} of what rounding "
+            f"changes in the answers{f': {which}' if raised else f'; none fits into size_budget {config.size_budget:g}'}"
+        )
+    )
+    grid = Grid(8, config.block_size, config.symmetric)
+    better = {}
+    for product in raised:
+        rows = [model.get_submodule(module).weight[start:stop] for module, start, stop in parts[product]]
+        better[product] = least_error(torch.cat(rows), grid, kept_as=kept_as)
+    return {product: round(found[product], 6) for product in raised}, better
 
 
 def parts_in(graph: GraphCodes, source: Path) -> dict[str, list[tuple[str, int, int]]]:

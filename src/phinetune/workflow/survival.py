@@ -168,8 +168,14 @@ def _layers(
             intended[start:stop] = folder.merged(base[start:stop], start, stop)
         if change.transposed:
             base, intended = base.t(), intended.t()
-        found = join([graph.read(product)[a:b] for _, product, a, b in sorted(pieces[module])])
-        yield layer_survival(module, base, intended, found)
+        held = [graph.read(product)[a:b] for _, product, a, b in sorted(pieces[module])]
+        if len({codes.grid for codes in held}) == 1:
+            yield layer_survival(module, base, intended, join(held))
+            continue
+        start = 0
+        for codes in held:  # two products make up this layer, one of them with more bits
+            rows = slice(start, start := start + len(codes.codes))
+            yield layer_survival(f"{module}[{rows.start}:{rows.stop}]", base[rows], intended[rows], codes)
 
 
 def worst_layers(figures: Mapping[str, Any]) -> str:
