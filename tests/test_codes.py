@@ -97,7 +97,7 @@ def test_codes_that_are_not_the_graphs_are_refused(tmp_path: Path) -> None:
     product = "/model/layers.0/mlp/down_proj"
     with pytest.raises(ExportError, match="no product of"):
         graph.write({product: quantize(torch.randn(4, 32), Grid())})
-    with pytest.raises(ExportError, match="the graph has Grid"):
+    with pytest.raises(ExportError, match="the graph has int4 in blocks of 32"):
         graph.write({product: quantize(torch.randn(64, 96), Grid(block_size=16))})
     assert (folder / "model.onnx.data").read_bytes() == before
 

@@ -178,9 +178,9 @@ def test_a_machine_too_small_for_the_comparison_is_said(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"use_dora": True}, r"bad: DoRA's lengths cannot be switched \(model\.layers\.0"),
-        ({"modules_to_save": ["lm_head"]}, r"bad: trained modules or biases cannot be switched \(lm_head"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, r"bad: factors of an embedding cannot be switched"),
+        ({"use_dora": True}, r"bad: DoRA's lengths cannot stand beside the base \(model\.layers\.0"),
+        ({"modules_to_save": ["lm_head"]}, r"bad: trained modules or biases cannot stand beside the base \(lm_head"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, r"bad: factors of an embedding cannot stand beside the base"),
     ],
 )
 def test_what_is_no_pair_of_factors_is_refused(

@@ -59,6 +59,14 @@ def finetune(
             show_default=False,
         ),
     ] = None,
+    on_grid: Annotated[
+        bool | None,
+        typer.Option(
+            "--on-grid",
+            help="QLoRA over the integers that the int4 export will hold: the adapter ships beside them.",
+            show_default=False,
+        ),
+    ] = None,
     config: ConfigFile = None,
     settings: Set = None,
     overwrite: Overwrite = None,
@@ -90,6 +98,7 @@ def finetune(
         "data.seed": seed,
         "training_config.reference": reference,
         "training_config.int4_aware": int4_aware,
+        "model_kwargs.load_on_grid": on_grid,
         "output_dir": output,
         "overwrite": overwrite,
         "training_config.skip_memory_check": no_memory_check or None,

@@ -17,10 +17,8 @@ from typing import Any
 import numpy as np
 
 from phinetune.errors import ExportError
-from phinetune.exporting.lora_inputs import find_places, parts_of
+from phinetune.exporting.lora_inputs import ALIGNED, find_places, parts_of, set_place
 from phinetune.model.grid import Codes, Grid, unpack
-
-_ALIGNED = 64  # where a tensor begins in the file of weights: on whole lines of a processor's cache
 
 
 @dataclass(frozen=True)
@@ -193,11 +191,11 @@ class GraphCodes:
                     if tensor.name in changed:
                         tensor.raw_data = changed[tensor.name]
                     continue
-                target.write(b"\0" * (-target.tell() % _ALIGNED))
+                target.write(b"\0" * (-target.tell() % ALIGNED))
                 start = target.tell()
                 for piece in [changed[tensor.name]] if tensor.name in changed else self._pieces(tensor):
                     target.write(piece)
-                _set_place(tensor, data.name, start, target.tell() - start)
+                set_place(tensor, data.name, start, target.tell() - start)
         others = {p for t in self.model.graph.initializer if (p := _place(t)[0]) is not None} - {data.name}
         if others:
             raise ExportError(f"{self.file}: keeps weights in {', '.join(sorted(others))} as well")
@@ -226,10 +224,3 @@ def _place(tensor: Any) -> tuple[str | None, int, int]:
         return None, 0, 0
     values = {entry.key: entry.value for entry in tensor.external_data}
     return values["location"], int(values.get("offset", 0)), int(values["length"])
-
-
-def _set_place(tensor: Any, location: str, offset: int, length: int) -> None:
-    del tensor.external_data[:]
-    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
-        entry = tensor.external_data.add()
-        entry.key, entry.value = key, value

@@ -18,6 +18,8 @@ from phinetune.exporting.config import ExportConfig
 
 _HEAD = "/lm_head/MatMul"
 _TYPES = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16"}
+_FACTOR = re.compile(r"/lora_[AB]/MatMul$")
+"""A product with an adapter's factor (`lora_inputs.py`)."""
 _FORMS = ("MatMulNBits", "DequantizeLinear")
 
 
@@ -88,7 +90,8 @@ def read_graph(file: Path) -> GraphFacts:
     stored = {t.name: t for t in graph.initializer if t.name not in inputs}  # an adapter's factors are inputs too
     makers = {output: node for node in graph.node for output in node.output}
     found = [_product(n, makers, stored) for n in graph.node if n.op_type in ("MatMul", "MatMulNBits")]
-    plain = [n.name for n in graph.node if n.op_type == "MatMul" and any(i in stored for i in n.input)]
+    products = [n for n in graph.node if n.op_type == "MatMul" and not _FACTOR.search(n.name)]
+    plain = [n.name for n in products if any(i in stored for i in n.input)]
     weights = [t for t in stored.values() if len(t.dims) > 1 and math.prod(t.dims) > 1]
     floats = [v for k, v in inputs.items() if k.startswith("past") and v != onnx.TensorProto.INT8]
     name = onnx.TensorProto.DataType.Name

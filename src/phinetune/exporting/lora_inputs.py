@@ -6,7 +6,8 @@
 A and B are inputs that need not be given: their defaults have rank zero, so the graph without an adapter computes what it did. Ranks are
 free; adapters of different ranks share one graph. Scaling is folded into B. Where the builder put several layers into one product
 (q, k and v), the A's are stacked and the B's are block-diagonal; where it took one apart (Phi-3's gate_up_proj), B is cut. The products
-themselves are not touched: quantized ones stay so, the factors stay floating point. Not here: files of adapters, proof that it is right.
+themselves are not touched: quantized ones stay so, the factors stay floating point. One adapter may be put in for good instead
+(`add_constants`): a graph that needs nobody to switch it on. Not here: files of adapters, proof that it is right.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pr
 _SAME = {"dense": "o_proj", "out_proj": "o_proj"}
 _BLOCK = {"self_attn": "attn", "attention": "attn", "feed_forward": "mlp"}
 _HEADS = ("lm_head", "embed_out")
+ALIGNED = 64
+"""Where a tensor begins in a file of weights: on whole lines of a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,11 @@ def parts_of(module: str, rows: int, config: Mapping[str, Any], given: dict[str,
 
 def find_places(model: Any) -> dict[str, Place]:
     """Part -> the product that computes it, over the products of an `onnx.ModelProto` that have a name here."""
-    graph = model.graph
+    return find_places_in(model.graph)
+
+
+def find_places_in(graph: Any) -> dict[str, Place]:
+    """As `find_places`, of an `onnx.GraphProto`."""
     sizes = {t.name: tuple(t.dims) for t in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
     places: dict[str, Place] = {}
@@ -182,13 +189,58 @@ def add_inputs(file: Path, names: set[str]) -> dict[str, tuple[str, int, int]]:
     from onnx import helper
 
     model = onnx.load(str(file), load_external_data=False)
-    places = {place.node: place for place in find_places(model).values() if set(place.names) & names}
+    kind = activation_type(model.graph)
+    made: dict[str, tuple[str, int, int]] = {}
+    for place in _add_branches(model.graph, names, file):
+        first, second = place.names
+        rank = f"rank of {first.removesuffix('.lora_A')}"
+        for name, shape, empty in (
+            (first, [place.inputs, rank], [place.inputs, 0]),
+            (second, [rank, place.outputs], [0, place.outputs]),
+        ):
+            model.graph.input.append(helper.make_tensor_value_info(name, kind, shape))
+            model.graph.initializer.append(helper.make_tensor(name, kind, empty, b"", raw=True))
+            made[name] = (helper.tensor_dtype_to_np_dtype(kind).name, place.inputs, place.outputs)
+    onnx.save(model, str(file))
+    return made
+
+
+def add_constants(file: Path, values: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Put the factors `values` (as `lora_inputs` gives them) into the graph in `file`, for good and in its type, in place.
+
+    Factors go to the end of the file of weights beside it. Raises ExportError if a name belongs to no product, AdapterError for a value
+    that the graph's type cannot hold.
+    """
+    import numpy as np
+    import onnx
+    from onnx import helper
+
+    model = onnx.load(str(file), load_external_data=False)
+    kind = activation_type(model.graph)
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    typed = {name: np.ascontiguousarray(array.astype(dtype)) for name, array in values.items()}
+    if broken := [name for name, array in typed.items() if not np.isfinite(array).all()]:
+        raise AdapterError(f"{', '.join(broken[:3])}: not finite in {dtype.name}", "export in fp32")
+    _add_branches(model.graph, set(values), file)
+    data = file.with_name(file.name + ".data")
+    with data.open("ab") as target:
+        for name, array in typed.items():
+            target.write(b"\0" * (-target.tell() % ALIGNED))
+            tensor = model.graph.initializer.add(name=name, data_type=kind, dims=array.shape)
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            set_place(tensor, data.name, target.tell(), array.nbytes)
+            target.write(array.tobytes())
+    onnx.save(model, str(file))
+
+
+def _add_branches(graph: Any, names: set[str], file: Path) -> list[Place]:
+    """Put the two products and the sum beside every product that one of `names` belongs to; the places. The factors are still lacking."""
+    from onnx import helper
+
+    places = {place.node: place for place in find_places_in(graph).values() if set(place.names) & names}
     if missing := names - {name for place in places.values() for name in place.names}:
         raise ExportError(f"{file}: no product takes {', '.join(sorted(missing))}")
-    graph = model.graph
-    kind = activation_type(graph)
-    made: dict[str, tuple[str, int, int]] = {}
-    nodes = []
+    nodes, done = [], []
     for node in graph.node:
         nodes.append(node)
         place = places.get(re.sub(r"/MatMul(_matmul)?(_Q\d+)?$", "", node.name))
@@ -196,24 +248,24 @@ def add_inputs(file: Path, names: set[str]) -> dict[str, tuple[str, int, int]]:
             continue
         output, (first, second) = node.output[0], place.names
         node.output[0] = f"{place.node}/base/output_0"
-        rank = f"rank of {first.removesuffix('.lora_A')}"
-        for name, shape, empty in (
-            (first, [place.inputs, rank], [place.inputs, 0]),
-            (second, [rank, place.outputs], [0, place.outputs]),
-        ):
-            graph.input.append(helper.make_tensor_value_info(name, kind, shape))
-            graph.initializer.append(helper.make_tensor(name, kind, empty, b"", raw=True))
-            made[name] = (helper.tensor_dtype_to_np_dtype(kind).name, place.inputs, place.outputs)
         stem = f"{place.node}/lora"
         nodes.append(helper.make_node("MatMul", [node.input[0], first], [f"{stem}_A/output_0"], f"{stem}_A/MatMul"))
         nodes.append(
             helper.make_node("MatMul", [f"{stem}_A/output_0", second], [f"{stem}_B/output_0"], f"{stem}_B/MatMul")
         )
         nodes.append(helper.make_node("Add", [node.output[0], f"{stem}_B/output_0"], [output], f"{stem}/Add"))
+        done.append(place)
     del graph.node[:]
     graph.node.extend(nodes)
-    onnx.save(model, str(file))
-    return made
+    return done
+
+
+def set_place(tensor: Any, location: str, offset: int, length: int) -> None:
+    """Say where in the file `location` beside the graph the values of an `onnx.TensorProto` are."""
+    del tensor.external_data[:]
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
 
 
 def activation_type(graph: Any) -> int:

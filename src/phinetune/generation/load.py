@@ -16,6 +16,7 @@ from phinetune.model.embedded import EMBEDDED
 from phinetune.model.folder import Kind, base_key, kind_of, resolve_model, stored_dtype
 from phinetune.model.grid import Grid, read_grid
 from phinetune.model.load import load_base_contract, load_model, plan_load
+from phinetune.model.quantized import as_model_kwargs
 
 
 def find(name: str, model_kwargs: dict[str, Any] | None = None, on_event: OnEvent = log_event) -> tuple[Path, Kind]:
@@ -87,7 +88,7 @@ def load_adapted(
 
     base = adapter_base(folder, base_model, on_event)
     asked = model_kwargs or {}
-    trained = {} if {"load_in_4bit", "quantization_config"} & set(asked) else _trained_quantization(folder)
+    trained = {} if {"load_in_4bit", "load_on_grid", "quantization_config"} & set(asked) else _trained_format(folder)
     if {"dtype", "torch_dtype"} & set(asked):
         trained.pop("torch_dtype", None)
     kwargs = {**trained_overrides(folder), **trained, **asked}
@@ -118,13 +119,9 @@ def trained_overrides(folder: Path) -> dict[str, Any]:
     return dict(overrides) if isinstance(overrides, dict) else {}
 
 
-def _trained_quantization(folder: Path) -> dict[str, Any]:
-    """`model_kwargs` for the 4-bit base that an adapter was trained on: it is right over that one."""
-    trained = read_manifest(folder).get("quantization")
-    if not isinstance(trained, dict):
-        return {}
-    options = {"bnb_4bit_quant_type": trained["quant_type"], "bnb_4bit_use_double_quant": trained["double_quant"]}
-    return {"quantization_config": {"load_in_4bit": True, **options}, "torch_dtype": trained["dtype"]}
+def _trained_format(folder: Path) -> dict[str, Any]:
+    """`model_kwargs` for the format that an adapter's base was held in: it is right over that one."""
+    return as_model_kwargs(read_manifest(folder).get("quantization"), f"{folder}/manifest.json")
 
 
 def adapter_contract(folder: Path, base: Path, trust_remote_code: bool = False) -> PromptContract:

@@ -1,4 +1,4 @@
-"""The frozen weight under a LoRA layer, dense or 4-bit: one question, "give me W", whatever it is stored as.
+"""The frozen weight under a LoRA layer, dense, 4-bit or on the export's grid: one question, "give me W", whatever it is stored as.
 
 QLoRA is LoRA over a quantized base (Dettmers et al. 2023, section 3, equation 5: the stored weight is dequantized for each product),
 so the layers are the same and only this file knows the difference. bitsandbytes is not imported: a 4-bit weight brings its
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from phinetune.errors import AdapterError
+from phinetune.model.grid_weight import GridState
 
 
 def is_quantized(weight: Tensor | None) -> bool:
-    """True for a 4-bit weight of bitsandbytes (NF4 or FP4)."""
+    """True for a 4-bit weight of bitsandbytes (NF4 or FP4), and for one that is held on a grid."""
     return getattr(weight, "quant_state", None) is not None
 
 
@@ -28,6 +29,8 @@ def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if not is_quantized(weight):
         return weight
     quantized = cast(Any, weight)
+    if isinstance(quantized.quant_state, GridState):
+        return quantized.quant_state.dense(quantized, dtype)
     if getattr(quantized.quant_state, "packing_format_for_cpu", False):  # re-ordered by bitsandbytes' own CPU inference
         undo = sys.modules["bitsandbytes"].functional._convert_weight_packed_for_cpu_inverse
         quantized.data, quantized.quant_state = undo(quantized.data, quantized.quant_state)

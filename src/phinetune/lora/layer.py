@@ -241,9 +241,9 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def lora_size(model: nn.Module) -> LoraSize:
-    """Counts of LoRA layers, trainable parameters, and all parameters (shared ones once)."""
+    """Counts of LoRA layers, trainable parameters, and all parameters (shared ones once, packed ones as the numbers they stand for)."""
     return LoraSize(
         layers=len(lora_layers(model)),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=sum(p.numel() for p in model.parameters()),
+        total=sum(getattr(p, "quant_state", p).shape.numel() for p in model.parameters()),
     )

@@ -41,6 +41,9 @@ class Grid:
 
     sizes: ClassVar[tuple[int, ...]] = (16, 32, 64, 128, 256)
 
+    def __str__(self) -> str:
+        return f"int{self.bits} in {'' if self.symmetric else 'asymmetric '}blocks of {self.block_size}"
+
     @property
     def top(self) -> int:
         """The largest code."""

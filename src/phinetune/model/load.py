@@ -19,14 +19,16 @@ from phinetune.events import Note, OnEvent, log_event
 from phinetune.model.compute import bfloat16_speedup, default_device, default_dtype
 from phinetune.model.contract import PromptContract, load_contract, load_tokenizer, make_contract
 from phinetune.model.folder import HUB_KEYS, stored_dtype
+from phinetune.model.grid import Grid
+from phinetune.model.grid_weight import hold_on_grid
 from phinetune.model.memory import release_freed_memory
 from phinetune.model.quantized import (
-    Quantization,
+    Format,
     from_pretrained_options,
     keep_readable,
     quantize_layers,
     quiet_bitsandbytes,
-    read_quantization,
+    read_format,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class LoadPlan:
     attention: str | None = None
     trust_remote_code: bool = False
     config_overrides: dict[str, Any] = field(default_factory=dict)
-    quantization: Quantization | None = None
+    quantization: Format | None = None
 
 
 def plan_load(
@@ -60,7 +62,7 @@ def plan_load(
     trust = kwargs.pop("trust_remote_code", False)
     if not isinstance(trust, bool):
         raise ConfigError(f"model_kwargs.trust_remote_code: must be true or false (found: {trust!r})")
-    quantization = read_quantization(kwargs)
+    quantization = read_format(kwargs)
     for name in [k for k in kwargs if k in _NO_EFFECT]:
         on_event(Note(f"model_kwargs.{name}: has no effect, the model is read from a local folder of safetensors"))
     kwargs = {k: v for k, v in kwargs.items() if k not in (*_NO_EFFECT, *HUB_KEYS)}
@@ -68,7 +70,9 @@ def plan_load(
     dtype = _dtype(kwargs.pop("dtype", None), folder, device, on_event)
     attention = _attention(kwargs.pop("attn_implementation", None), device, dtype, longest, on_event)
     overrides = _config_overrides(kwargs, folder, trust)
-    if quantization is not None:
+    if isinstance(quantization, Grid):
+        on_event(Note(f"model: linear layers on {quantization}, products in {str(dtype)[6:]}"))
+    elif quantization is not None:
         double = ", double quantization" if quantization.double_quant else ""
         on_event(
             Note(f"model: linear layers in 4 bits ({quantization.quant_type}{double}), products in {str(dtype)[6:]}")
@@ -215,14 +219,15 @@ def load_model(folder: Path, plan: LoadPlan) -> Any:
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {} if plan.attention is None else {"attn_implementation": plan.attention}
-    mapped = plan.quantization is not None and _is_stored_in(folder, plan.dtype)
-    if plan.quantization is not None and not mapped:
+    on_grid = isinstance(plan.quantization, Grid)
+    mapped = not on_grid and plan.quantization is not None and _is_stored_in(folder, plan.dtype)
+    if plan.quantization is not None and not isinstance(plan.quantization, Grid) and not mapped:
         options |= from_pretrained_options(plan.quantization, plan.dtype, plan.device)
     try:
         with quiet_transformers(), quiet_bitsandbytes():
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(folder),
-                dtype=plan.dtype,
+                dtype=stored_dtype(folder) if on_grid else plan.dtype,
                 **options,
                 trust_remote_code=plan.trust_remote_code,
                 local_files_only=True,
@@ -243,7 +248,9 @@ def load_model(folder: Path, plan: LoadPlan) -> Any:
     if problems:
         raise ModelError(problems, "the weights do not belong to this config.json; copy or download the model again")
     release_freed_memory()
-    if plan.quantization is not None:
+    if isinstance(plan.quantization, Grid):
+        hold_on_grid(model, plan.quantization, plan.dtype)
+    elif plan.quantization is not None:
         if mapped:
             with quiet_bitsandbytes():
                 quantize_layers(model, plan.quantization, plan.dtype, plan.device)

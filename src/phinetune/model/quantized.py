@@ -1,9 +1,9 @@
-"""Base models in 4 bits (NF4 or FP4, bitsandbytes): what was asked for, and what rounding to 4 bits makes of a weight.
+"""Base models in few bits: bitsandbytes' NF4 or FP4, or the exported graph's integers. What was asked for, and what it makes of a weight.
 
 bitsandbytes is the reference implementation of the format (Dettmers et al. 2023); it quantizes here, on CPUs too, and is imported only
 when 4 bits are asked for. A model whose weights are on disk in the dtype wanted is mapped and quantized a slice of a weight at a time, each
 weight's pages given back before the next (`quantize_layers`): beside the 4-bit model, loading takes no more than one weight. Others are
-quantized by transformers while it loads. Not here: layers over 4-bit weights (`phinetune.lora`), int4 of ONNX Runtime.
+quantized by transformers while it loads. Not here: layers over 4-bit weights (`phinetune.lora`), the graph's integers (`grid_weight.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from phinetune.errors import ConfigError, MissingPackageError, did_you_mean
+from phinetune.errors import AdapterError, ConfigError, MissingPackageError, did_you_mean
+from phinetune.model.grid import Grid, read_grid, record_grid, round_to_grid
+from phinetune.model.grid_weight import rounded_modules
 from phinetune.model.memory import MappedFiles
 
 if TYPE_CHECKING:
@@ -41,6 +43,22 @@ class Quantization:
 
     quant_type: str = "nf4"
     double_quant: bool = True
+
+
+Format = Quantization | Grid
+"""What a base model's linear layers are held in: bitsandbytes' 4 bits, or the integers of the exported graph (`grid_weight.py`)."""
+
+
+def read_format(kwargs: dict[str, Any]) -> Format | None:
+    """Take `load_on_grid`, `load_in_4bit` and `quantization_config` out of `kwargs`; None if neither is asked for.
+
+    Raises ConfigError for what cannot be, and for both; MissingPackageError without bitsandbytes where it is needed.
+    """
+    grid = read_grid(kwargs.pop("load_on_grid", None), "model_kwargs.load_on_grid")
+    quantization = read_quantization(kwargs)
+    if grid is not None and quantization is not None:
+        raise ConfigError("model_kwargs.load_on_grid: not with load_in_4bit, a base is held in one format")
+    return grid or quantization
 
 
 def read_quantization(kwargs: dict[str, Any]) -> Quantization | None:
@@ -192,8 +210,10 @@ def quantized_layers(model: Any) -> list[str]:
     return [n for n, m in model.named_modules() if getattr(getattr(m, "weight", None), "quant_state", None) is not None]
 
 
-def round_trip(weight: torch.Tensor, quantization: Quantization, dtype: torch.dtype) -> torch.Tensor:
-    """What 4 bits leave of `weight` (out, in), in its own dtype: cast to `dtype`, quantized as at loading, made dense again."""
+def round_trip(weight: torch.Tensor, quantization: Format, dtype: torch.dtype) -> torch.Tensor:
+    """What its format leaves of `weight` (out, in), in its own dtype: quantized as at loading, for `dtype`, made dense again."""
+    if isinstance(quantization, Grid):
+        return round_to_grid(weight, quantization)
     from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(
@@ -206,6 +226,33 @@ def round_trip(weight: torch.Tensor, quantization: Quantization, dtype: torch.dt
     return restored.to(weight.dtype)
 
 
-def record(quantization: Quantization, model: Any) -> dict[str, Any]:
-    """What an adapter's manifest says about the quantization of its base."""
-    return {**asdict(quantization), "dtype": str(model.dtype)[6:], "layers": quantized_layers(model)}
+def record(quantization: Format, model: Any) -> dict[str, Any]:
+    """What an adapter's manifest says about the format of its base; `read_record` reads it."""
+    dtype = str(model.dtype)[6:]
+    if isinstance(quantization, Grid):
+        return {"grid": record_grid(quantization), "dtype": dtype, "layers": rounded_modules(model)}
+    return {**asdict(quantization), "dtype": dtype, "layers": quantized_layers(model)}
+
+
+def read_record(values: Any, where: str) -> Format | None:
+    """The format that a manifest's `quantization` names; None if it has none. Raises AdapterError if it is damaged."""
+    if values is None:
+        return None
+    if not isinstance(values, dict) or not {"dtype", "layers"} <= set(values):
+        raise AdapterError(f"{where}: its quantization is damaged", "copy the adapter again")
+    if "grid" in values:
+        return read_grid(values["grid"], f"{where}: quantization.grid")
+    if not {"quant_type", "double_quant"} <= set(values):
+        raise AdapterError(f"{where}: its quantization is damaged", "copy the adapter again")
+    return Quantization(values["quant_type"], values["double_quant"])
+
+
+def as_model_kwargs(values: Any, where: str) -> dict[str, Any]:
+    """`model_kwargs` that load the base in the format that a manifest's `quantization` names; empty if it has none."""
+    found = read_record(values, where)
+    if found is None:
+        return {}
+    if isinstance(found, Grid):
+        return {"load_on_grid": record_grid(found), "torch_dtype": values["dtype"]}
+    options = {"bnb_4bit_quant_type": found.quant_type, "bnb_4bit_use_double_quant": found.double_quant}
+    return {"quantization_config": {"load_in_4bit": True, **options}, "torch_dtype": values["dtype"]}

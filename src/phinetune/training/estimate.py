@@ -91,7 +91,7 @@ class StepEstimator:
         self.weights = _bytes([*_frozen(whole), *whole.buffers(), *quantization_tensors(whole)])
         self.adapters = _bytes(_trained(whole))
         self.optimizer = optimizer_bytes(settings.optimizer, _trained(whole))
-        self.numbers = sum(p.numel() * (2 if hasattr(p, "quant_state") else 1) for p in _frozen(whole))
+        self.numbers = sum(getattr(p, "quant_state", p).shape.numel() for p in _frozen(whole))
         """Numbers that the base model's weights stand for."""
         self.unquantized = _bytes([p for p in _frozen(whole) if not hasattr(p, "quant_state")])
         """Bytes of the base's parameters that are not in 4 bits."""

@@ -20,6 +20,7 @@ from phinetune.lora.injection import inject
 from phinetune.lora.rounding import round_model
 from phinetune.model.fast import FastPaths, speed_up
 from phinetune.model.grid import Grid
+from phinetune.model.grid_weight import hold_on_grid
 from phinetune.model.load import LoadPlan, quiet_transformers
 from phinetune.model.quantized import BLOCK, Quantization, quiet_bitsandbytes
 
@@ -55,7 +56,9 @@ def build_on_meta(
             config, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code, **options
         )
         model.tie_weights()
-    if plan.quantization is not None:
+    if isinstance(plan.quantization, Grid):
+        hold_on_grid(model, plan.quantization, plan.dtype)
+    elif plan.quantization is not None:
         with quiet_bitsandbytes():
             _quantize(model, plan.quantization, plan.dtype)
     speed_up(model, fast_paths, lambda event: None)

@@ -25,6 +25,7 @@ from phinetune.model.contract import Probe, PromptContract
 from phinetune.model.folder import base_key, weight_files
 from phinetune.model.grid import read_grid
 from phinetune.quiet import measuring
+from phinetune.workflow.export_beside import export_beside, goes_beside
 from phinetune.workflow.merge import INHERITED, adapter_key, merge
 from phinetune.workflow.quantize import choose_ways, put_codes
 from phinetune.workflow.survival import Reference, check_answers, check_weights, reference_answers, worst_layers
@@ -81,7 +82,8 @@ def export(
     check_export(config, base, trust_remote_code)
     weights = weight_files(base)[0]
     content = adapter_key(source) if kind == "adapter" else base_key(source)
-    key = content_key("export", _VERSION, content, changed_fields(config))
+    beside = kind == "adapter" and goes_beside(source, config, on_event)
+    key = content_key("export", _VERSION, content, changed_fields(config), *(["beside"] if beside else []))
     needed = sum(f.stat().st_size for f in weights) * (1 if config.precision == "int4" else 4)
     check_output(folder, "onnx", key, overwrite, needed)
     if is_finished(folder, "onnx", key) and not overwrite:
@@ -91,14 +93,19 @@ def export(
     record: dict[str, Any] = {"stage": "export", "model": str(source.absolute()), "export": asdict(config)}
     record |= {k: made_from[k] for k in INHERITED if k in made_from}
     with building(folder, "onnx", key, record) as partial:
-        if kind == "adapter":
-            source = merge(
-                str(source), partial / "merged", base_model, trust_remote_code=trust_remote_code, on_event=on_event
-            ).folder
-        record["verified"] = build_verified(source, partial, config, made_from, trust_remote_code, on_event)
-        if config.quantized and config.answers_prompts:
-            job = _Codes(source, partial, config, made_from, base_model, trust_remote_code, on_event)
-            record["survival"] = job.settle(compare_answers)
+        if beside:
+            record["verified"], record["survival"] = export_beside(
+                source, base, partial, config, base_model, trust_remote_code, compare_answers, on_event
+            )
+        else:
+            if kind == "adapter":
+                source = merge(
+                    str(source), partial / "merged", base_model, trust_remote_code=trust_remote_code, on_event=on_event
+                ).folder
+            record["verified"] = build_verified(source, partial, config, made_from, trust_remote_code, on_event)
+            if config.quantized and config.answers_prompts:
+                job = _Codes(source, partial, config, made_from, base_model, trust_remote_code, on_event)
+                record["survival"] = job.settle(compare_answers)
         if config.execution_provider == "cpu" and config.answers_prompts:
             record["threads"] = choose_threads(partial, on_event)
         shutil.rmtree(partial / "merged", ignore_errors=True)

@@ -24,12 +24,14 @@ from phinetune.generation.load import adapter_base, adapter_contract, find, trai
 from phinetune.model.contract import PromptContract
 from phinetune.model.folder import base_key, weight_files
 from phinetune.workflow.export import FP_TOLERANCE, build_verified, changed_fields, check_export, parse_export_config
+from phinetune.workflow.export_beside import check_codes, grid_of_base
 from phinetune.workflow.merge import INHERITED, adapter_key
 
 if TYPE_CHECKING:
     import torch
 
     from phinetune.lora.adapter import SavedAdapter
+    from phinetune.model.grid import Grid
 
 _VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -73,6 +75,7 @@ def export_adapters(
     _check_config(config)
     check_builder()
     named = _read(_names(adapters), trust_remote_code, base_model, on_event)
+    grid = _trained_over(named, config, on_event)
     base = adapter_base(named[0].folder, base_model)
     check_export(config, base, trust_remote_code)
     folder = Path(output_dir).expanduser()
@@ -87,12 +90,22 @@ def export_adapters(
     record: dict[str, Any] = {"stage": "export", "model": str(base.absolute()), "export": asdict(config)}
     record |= {"base_key": base_key(base), "adapters": trained}
     with building(folder, "onnx", key, record) as partial:
-        job = _Export(base, partial, config, named, trust_remote_code, on_event)
+        job = _Export(base, partial, config, named, grid, trust_remote_code, on_event)
         record["verified"] = job.run(formats)
         for name, figures in job.figures.items():
             trained[name] |= figures
     on_event(Note(f"ONNX {config.precision} with {len(named)} adapters ({', '.join(trained)}): written to {folder}"))
     return StageFolder(folder, read_manifest(folder))
+
+
+def _trained_over(named: list[_Named], config: ExportConfig, on_event: OnEvent) -> Grid | None:
+    """The grid of this export, if all adapters were trained over a base on exactly it; those over another base in few bits are told."""
+    for adapter in named:
+        if read_manifest(adapter.folder).get("quantization") and grid_of_base(adapter.folder) != config.grid:
+            over = grid_of_base(adapter.folder) or "4 bits"
+            text = f"{adapter.name}: was trained over a base in {over}; it is exported over another"
+            on_event(Note(text, warning=True))
+    return config.grid if all(grid_of_base(a.folder) == config.grid for a in named) else None
 
 
 def _check_config(config: ExportConfig) -> None:
@@ -137,9 +150,7 @@ def _read(folders: dict[str, str], trust: bool, base_model: str | None, on_event
         base = adapter_base(folder, base_model, on_event)
         named.append(_Named(name, folder, read_adapter(folder), adapter_contract(folder, base, trust)))
         bases[name] = base_key(base)
-        problems += _not_switchable(named[-1])
-        if read_manifest(folder).get("quantization"):
-            on_event(Note(f"{name}: was trained over a base in 4 bits; it is exported over the weights on disk", True))
+        problems += [f"{name}: {text}" for text in not_switchable(folder, named[-1].saved)]
     first = named[0]
     problems += [
         f"{n}: belongs to another base model than {first.name}" for n in bases if bases[n] != bases[first.name]
@@ -153,20 +164,20 @@ def _read(folders: dict[str, str], trust: bool, base_model: str | None, on_event
     return named
 
 
-def _not_switchable(adapter: _Named) -> list[str]:
-    """One line for everything that the adapter has beside the factors of linear layers."""
+def not_switchable(folder: Path, saved: SavedAdapter) -> list[str]:
+    """One line for everything that an adapter has beside the factors of linear layers."""
     from phinetune.lora.changes import read_changes
 
-    changes, name = read_changes(adapter.saved), adapter.name
+    changes = read_changes(saved)
     found = {
         "DoRA's lengths": [m for m, c in changes.weights.items() if c.magnitude is not None],
         "factors of an embedding": [m for m, c in changes.weights.items() if c.is_embedding],
         "trained modules or biases": list(changes.tensors),
     }
-    problems = [f"{name}: {what} cannot be switched ({', '.join(at[:3])})" for what, at in found.items() if at]
-    overrides = {k: v for k, v in trained_overrides(adapter.folder).items() if k != "use_cache"}
+    problems = [f"{what} cannot stand beside the base ({', '.join(at[:3])})" for what, at in found.items() if at]
+    overrides = {k: v for k, v in trained_overrides(folder).items() if k != "use_cache"}
     if overrides:
-        problems.append(f"{name}: was trained with other fields of the model's config: {', '.join(overrides)}")
+        problems.append(f"was trained with other fields of the model's config: {', '.join(overrides)}")
     return problems
 
 
@@ -174,6 +185,22 @@ def _training(adapter: _Named) -> dict[str, Any]:
     """What the manifest says of one adapter."""
     manifest = read_manifest(adapter.folder)
     return {"folder": str(adapter.folder.absolute()), **{k: manifest[k] for k in INHERITED if k in manifest}}
+
+
+def factors_of(saved: SavedAdapter, base: Path, folder: Path) -> dict[str, Any]:
+    """Input's name -> float32 values of an adapter, for the graph in `folder`. Raises AdapterError with all that fits nowhere."""
+    import onnx
+
+    from phinetune.exporting.lora_inputs import find_places, lora_inputs
+    from phinetune.lora.changes import read_changes
+    from phinetune.lora.shards import Layout
+
+    places = find_places(onnx.load(str(folder / "model.onnx"), load_external_data=False))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    shapes = Layout(weight_files(base)[0]).shapes()
+    layers = {n.removesuffix(".weight"): s[0] for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2}
+    changes = read_changes(saved, str(config.get("model_type") or "")).weights
+    return lora_inputs(changes, places, layers, config, saved.config.fused_modules or {})
 
 
 class _Export:
@@ -185,10 +212,11 @@ class _Export:
         folder: Path,
         config: ExportConfig,
         adapters: list[_Named],
+        grid: Grid | None,
         trust_remote_code: bool,
         on_event: OnEvent,
     ) -> None:
-        self.base, self.folder, self.config, self.adapters = base, folder, config, adapters
+        self.base, self.folder, self.config, self.adapters, self.grid = base, folder, config, adapters, grid
         self.trust, self.on_event = trust_remote_code, on_event
         self.contract = adapters[0].contract
         self.figures: dict[str, dict[str, Any]] = {}
@@ -207,6 +235,8 @@ class _Export:
             self.on_event,
             self.contract,
         )
+        if self.grid is not None:
+            check_codes(self.base, self.folder, self.config)
         before = self.onnx_logits([None])[0] if verified["prompts_compared"] else None
         inputs = self.inputs()
         made = add_inputs(self.folder / "model.onnx", {name for own in inputs.values() for name in own})
@@ -224,22 +254,10 @@ class _Export:
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         """Adapter's name -> input's name -> float32 values. Raises AdapterError with all that fits nowhere."""
-        import onnx
-
-        from phinetune.exporting.lora_inputs import find_places, lora_inputs
-        from phinetune.lora.changes import read_changes
-        from phinetune.lora.shards import Layout
-
-        places = find_places(onnx.load(str(self.folder / "model.onnx"), load_external_data=False))
-        config = json.loads((self.base / "config.json").read_text(encoding="utf-8"))
-        shapes = Layout(weight_files(self.base)[0]).shapes()
-        layers = {n.removesuffix(".weight"): s[0] for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2}
         made = {}
         for adapter in self.adapters:
-            changes = read_changes(adapter.saved, str(config.get("model_type") or "")).weights
-            given = adapter.saved.config.fused_modules or {}
             try:
-                made[adapter.name] = lora_inputs(changes, places, layers, config, given)
+                made[adapter.name] = factors_of(adapter.saved, self.base, self.folder)
             except AdapterError as error:
                 raise AdapterError([f"{adapter.name}: {p}" for p in error.problems], error.hint) from None
         return made
@@ -288,7 +306,8 @@ class _Export:
         from phinetune.model.load import LoadPlan, load_model
         from phinetune.model.probe import probe_logits
 
-        model = load_model(self.base, LoadPlan(torch.float32, torch.device("cpu"), None, self.trust))
+        cpu = torch.device("cpu")
+        model = load_model(self.base, LoadPlan(torch.float32, cpu, None, self.trust, quantization=self.grid))
         plain, adapted = probe_logits(model, self.contract), {}
         for adapter in self.adapters:
             layers = load_adapter(model, adapter.folder)

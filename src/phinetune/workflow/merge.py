@@ -31,7 +31,7 @@ from phinetune.generation.load import adapter_base, adapter_contract, find, roun
 from phinetune.model.compute import available_memory
 from phinetune.model.contract import PromptContract
 from phinetune.model.folder import base_key, stored_dtype, weight_files
-from phinetune.model.quantized import Quantization, quiet_bitsandbytes
+from phinetune.model.quantized import quiet_bitsandbytes, read_record
 
 if TYPE_CHECKING:
     import torch
@@ -122,10 +122,7 @@ class _Merge:
         self.quantization: dict[str, Any] | None = trained.get("quantization")
         self.start = (trained.get("peft_config") or {}).get("init_lora_weights")
         self.trained_logits: list[dict[str, Any]] | None = trained.get("probe_logits")
-        if self.quantization is not None and not {"quant_type", "double_quant", "dtype", "layers"} <= set(
-            self.quantization
-        ):
-            raise AdapterError(f"{adapter}/manifest.json: its quantization is damaged", "copy the adapter again")
+        self.format = read_record(self.quantization, f"{adapter}/manifest.json")
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         self.model_type = str(config.get("model_type") or "")
         size, free = sum(f.stat().st_size for f in weight_files(base)[0]), available_memory()
@@ -204,22 +201,17 @@ class _Merge:
         from phinetune.lora.changes import is_stored_transposed
         from phinetune.model.quantized import round_trip
 
-        if self.quantization is None or not self.was_quantized(name):
+        if self.quantization is None or self.format is None or not self.was_quantized(name):
             return weight
         dtype = getattr(torch, self.quantization["dtype"])
         if is_stored_transposed(name.removesuffix(".weight"), self.model_type):  # 4 bits go along (out, in)
-            return round_trip(weight.t().contiguous(), self.asked_quantization(), dtype).t().contiguous()
-        return round_trip(weight, self.asked_quantization(), dtype)
+            return round_trip(weight.t().contiguous(), self.format, dtype).t().contiguous()
+        return round_trip(weight, self.format, dtype)
 
     def was_quantized(self, name: str) -> bool:
         """True if the tensor `name` of the files belongs to a layer that the training held in 4 bits."""
         layers = {f"{layer}.weight" for layer in (self.quantization or {}).get("layers", [])}
         return name in layers or any(n.endswith(f".{name}") or name.endswith(f".{n}") for n in layers)
-
-    def asked_quantization(self) -> Quantization:
-        """The quantization of the training."""
-        values = self.quantization or {}
-        return Quantization(values["quant_type"], values["double_quant"])
 
     def adapted(self, policy: str) -> tuple[Any, Adapter]:
         """(model, adapter in it) in memory, the base in its own dtype, or in 4 bits as in the training."""
@@ -231,7 +223,7 @@ class _Merge:
         plan = self.plan(stored_dtype(self.base))
         if policy == "dequantized" and self.quantization is not None:
             dtype = getattr(torch, self.quantization["dtype"])
-            plan = dataclasses.replace(plan, dtype=dtype, quantization=self.asked_quantization())
+            plan = dataclasses.replace(plan, dtype=dtype, quantization=self.format)
         model = load_model(self.base, plan)
         adapter = load_adapter(model, self.adapter)
         round_as_trained(model, self.adapter, self.base)

@@ -54,24 +54,34 @@ def reference_answers(
     contract: PromptContract,
     trust_remote_code: bool,
     on_event: OnEvent = log_event,
+    load: Callable[[], Any] | None = None,
 ) -> Reference | str:
-    """What the plain model in `source` says, as it was trained to compute; or why that is not known."""
-    import torch
+    """What the plain model in `source` says, as it was trained to compute; or why that is not known.
 
-    from phinetune.model.compute import default_dtype
-    from phinetune.model.load import LoadPlan, load_model
-
+    load: gives the model, where it is another one than the files in `source` hold.
+    """
     try:
         examples = choose_examples(None, "test", dict(manifest), contract, _EXAMPLES, _nobody).examples
     except (ConfigError, DataError) as error:
         return error.problems[0]
     if reason := out_of_memory(source, bytes_each=4):
         return reason
+    model = load() if load is not None else _as_trained(source, trust_remote_code)
+    return Reference(examples, said(TorchGenerator(model.eval(), contract), examples, "the model", on_event))
+
+
+def _as_trained(source: Path, trust_remote_code: bool) -> Any:
+    """The plain model in `source`, computing as its training did."""
+    import torch
+
+    from phinetune.model.compute import default_dtype
+    from phinetune.model.load import LoadPlan, load_model
+
     device, stored = torch.device("cpu"), stored_dtype(source)
     dtype = stored if stored == torch.float32 else default_dtype(device)
     model = load_model(source, LoadPlan(dtype, device, None, trust_remote_code))
     round_as_trained(model, source, source)
-    return Reference(examples, said(TorchGenerator(model.eval(), contract), examples, "the model", on_event))
+    return model
 
 
 def check_answers(

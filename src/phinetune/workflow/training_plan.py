@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from phinetune.model.quantized import Quantization
+from phinetune.model.quantized import Format, Quantization
 from phinetune.training.checkpointing import LayerCount
 
 
@@ -80,7 +80,7 @@ class Variant:
     batch: int
     accumulation: int
     checkpoint_layers: LayerCount
-    quantization: Quantization | None
+    quantization: Format | None
     optimizer: str
     max_length: int | None = None
 

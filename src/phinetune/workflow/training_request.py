@@ -146,6 +146,11 @@ def check_start(lora: LoraConfig, plan: LoadPlan, grid: Grid | None = None) -> N
         texts = {"use_dora": lora.use_dora, "lora_dropout": lora.lora_dropout}
         problems = [f"peft_config.{k}: not with training_config.int4_aware" for k, given in texts.items() if given]
         raise ConfigError(problems, "the factors are in the rounded weight, where neither has a place")
+    if grid is not None and isinstance(plan.quantization, Grid):
+        raise ConfigError(
+            "training_config.int4_aware: not with model_kwargs.load_on_grid, which ships the base's integers as they are",
+            "leave one of them out",
+        )
     if lora.init_lora_weights == "loftq" and plan.quantization is None:
         raise ConfigError(
             'peft_config.init_lora_weights: "loftq" is for a base model in 4 bits', "set model_kwargs.load_in_4bit=true"
