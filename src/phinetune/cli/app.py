@@ -216,6 +216,20 @@ def export(
         str | None,
         typer.Option("--precision", "-p", help="int4, int8, bf16, fp16, fp32 (default: int4).", show_default=False),
     ] = None,
+    tune: Annotated[
+        bool | None,
+        typer.Option(
+            "--tune",
+            help="Choose what answers fastest on this CPU, by measurement, within max_drop.",
+            show_default=False,
+        ),
+    ] = None,
+    adapters: Annotated[
+        str | None,
+        typer.Option(
+            help="A,B: adapters of the base model --model, kept apart as FOLDER/A.onnx_adapter.", show_default=False
+        ),
+    ] = None,
     base_model: BaseModel = None,
     config: ConfigFile = None,
     settings: Set = None,
@@ -225,9 +239,9 @@ def export(
     """Write a model as a verified ONNX Runtime GenAI folder. An adapter is merged first.
 
     --set export_config.KEY=VALUE: block_size (weights per scale, default 32), symmetric (true), accuracy_level (0 to 4, default 4),
-    algorithm (auto, gptq, searched, default, rtn, k_quant, ...), max_drop (most that held-out answers may lose, 0.01, or any),
+    algorithm (auto, gptq, mixed, searched, default, rtn, k_quant, ...), max_drop (most that held-out answers may lose, 0.01, or any),
     execution_provider (cpu, cuda, dml, webgpu), and more: docs/config.md.
-    --set adapters=[A,B]: adapters of the base model --model, kept apart as FOLDER/A.onnx_adapter, which chat and evaluate take.
+    Adapters that are kept apart are switched while the model runs: chat and evaluate take FOLDER/A.onnx_adapter.
     """
     from phinetune.cli.console import Terminal, out
     from phinetune.cli.options import arguments
@@ -237,6 +251,8 @@ def export(
         "model": model,
         "output_dir": output,
         "export_config.precision": precision,
+        "export_config.tune": tune,
+        "adapters": [name.strip() for name in adapters.split(",") if name.strip()] if adapters is not None else None,
         "base_model": base_model,
         "overwrite": overwrite,
     }

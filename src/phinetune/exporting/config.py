@@ -34,6 +34,8 @@ class ExportConfig:
     """int4, int8: how codes and scales are chosen. Ours: gptq (rounding errors made up for, on examples of the training), searched (scales that lose least), mixed (int4 only: gptq, and 8 bits for the layers whose rounding changes the answers most, within size_budget), auto (the nearest codes for an adapter trained for them, else gptq, mixed or searched, whichever first keeps the answers). The builder's: default (the nearest codes), the others; int4 only: _last keeps the output layer at 8 bits, _mixed also the most sensitive layers, _linear also linear attention."""
     size_budget: float = 1.02
     """mixed: most bytes that the integers and their scales may take, as a multiple of what they take with 4 bits everywhere."""
+    tune: bool = False
+    """int4, int8: take the block size and the accuracy level that answer fastest on this CPU, as measured here, of those that stay within max_drop, and write the best number of threads into genai_config.json."""
     calibration_examples: int = 128
     """gptq, searched, mixed: at most so many examples to weigh errors by."""
     calibration_data: str | dict[str, Any] | None = None

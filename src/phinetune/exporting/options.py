@@ -106,6 +106,8 @@ def _own_ways(config: ExportConfig, model_config: dict[str, Any]) -> Iterator[st
         yield f"calibration_examples: must be at least 1 (found: {config.calibration_examples})"
     if isinstance(config.max_drop, int | float) and not config.max_drop >= 0:
         yield f"max_drop: must be 0 or above (found: {config.max_drop})"
+    if config.tune:
+        yield from _tuned(config)
     if not config.size_budget >= 1:
         yield f"size_budget: must be at least 1 (found: {config.size_budget})"
     if config.algorithm == "mixed" and config.precision == "int8":
@@ -124,6 +126,18 @@ def _own_ways(config: ExportConfig, model_config: dict[str, Any]) -> Iterator[st
     for width in sorted(_widths(model_config)):
         for problem in config.grid.problems("", width):
             yield f"block_size{problem}"
+
+
+def _tuned(config: ExportConfig) -> Iterator[str]:
+    """What speaks against choosing by measurement."""
+    if not config.quantized or config.use_qdq:
+        yield "tune: is for int4 and int8 products (MatMulNBits)"
+    if config.execution_provider != "cpu":
+        yield f"tune: measures this machine's CPU, the execution provider is {config.execution_provider}"
+    if not config.answers_prompts:
+        yield "tune: times answers, which a model without embedding or output layer does not give"
+    for name in _changed(config, ("block_size", "accuracy_level")):
+        yield f"{name}: is what tune chooses; leave one of them out"
 
 
 def _changed(config: ExportConfig, names: tuple[str, ...]) -> list[str]:

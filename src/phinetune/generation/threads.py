@@ -51,18 +51,25 @@ def measure_threads(folder: Path, load: Callable[[int], Any]) -> dict[str, float
     known, most = read_measured(_key(folder)).get("seconds"), usable_cpus()
     if isinstance(known, dict):
         return known
-    seconds, disturbed = dict[str, float](), False
+    seconds: dict[str, float] = {}
     for threads in sorted({most, max(1, most // 2)}) if most > 1 else ():
-        model = load(threads)
-        _answer(model)
-        best, computed = min(_answer(model) for _ in range(_ROUNDS))
-        seconds[str(threads)] = round(best, 4)
-        disturbed = disturbed or computed < _UNDISTURBED * threads * best
-        del model
-    if disturbed or not seconds:
-        return {}
-    keep_measured(_key(folder), {"threads": _best(seconds), "seconds": seconds})
+        found = answer_seconds(load(threads), threads)
+        if found is None:
+            return {}
+        seconds[str(threads)] = found
+    if seconds:
+        keep_measured(_key(folder), {"threads": _best(seconds), "seconds": seconds})
     return seconds
+
+
+def answer_seconds(model: Any, threads: int) -> float | None:
+    """Seconds of a short prompt with its answer, the shortest of some; None where other programs took processors away meanwhile.
+
+    model: an `onnxruntime_genai.Model` that runs on `threads` threads.
+    """
+    _answer(model)
+    best, computed = min(_answer(model) for _ in range(_ROUNDS))
+    return None if computed < _UNDISTURBED * threads * best else round(best, 4)
 
 
 def _best(seconds: dict[str, float]) -> int:

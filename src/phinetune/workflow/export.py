@@ -29,6 +29,7 @@ from phinetune.workflow.export_beside import export_beside, goes_beside
 from phinetune.workflow.merge import INHERITED, adapter_key, merge
 from phinetune.workflow.quantize import choose_ways, put_codes
 from phinetune.workflow.survival import Reference, check_answers, check_weights, reference_answers, worst_layers
+from phinetune.workflow.tune import first_that_keeps, in_order_of_speed, write_threads
 
 _TRAINING_PROMPTS = 200  # prompts of the training whose token ids are compared with ONNX Runtime's
 FP_TOLERANCE = {
@@ -102,12 +103,24 @@ def export(
                 source = merge(
                     str(source), partial / "merged", base_model, trust_remote_code=trust_remote_code, on_event=on_event
                 ).folder
-            record["verified"] = build_verified(source, partial, config, made_from, trust_remote_code, on_event)
-            if config.quantized and config.answers_prompts:
-                job = _Codes(source, partial, config, made_from, base_model, trust_remote_code, on_event)
-                record["survival"] = job.settle(compare_answers)
+
+            def make(candidate: ExportConfig) -> dict[str, Any]:
+                made = {"verified": build_verified(source, partial, candidate, made_from, trust_remote_code, on_event)}
+                if candidate.quantized and candidate.answers_prompts:
+                    job = _Codes(source, partial, candidate, made_from, base_model, trust_remote_code, on_event)
+                    made["survival"] = job.settle(compare_answers)
+                return made
+
+            candidates = [config]
+            if config.tune:
+                grid = read_grid(made_from.get("grid"), "manifest.json: grid")
+                candidates = in_order_of_speed(source, config, grid, trust_remote_code, on_event)
+            config, made = first_that_keeps(candidates, make, partial, on_event)
+            record |= {**made, "export": asdict(config)}
         if config.execution_provider == "cpu" and config.answers_prompts:
             record["threads"] = choose_threads(partial, on_event)
+            if config.tune:
+                write_threads(partial)
         shutil.rmtree(partial / "merged", ignore_errors=True)
     sure = "" if "not_verified" in record["verified"] else "; options, token ids, stop ids and loading verified"
     on_event(Note(f"ONNX {config.precision}: written to {folder}{sure}"))

@@ -92,7 +92,7 @@ def cannot(config: ExportConfig, source: Path) -> str:
         return "use_qdq: codes of DequantizeLinear stay the builder's"
     if config.op_types_to_quantize is not None and "MatMul" not in config.op_types_to_quantize:
         return "no products are quantized"
-    if uneven := [columns for _, columns in _matrices(source).values() if columns % config.block_size]:
+    if uneven := [columns for _, columns in matrices(source).values() if columns % config.block_size]:
         return f"blocks of {config.block_size} do not divide {min(uneven)} inputs"
     return out_of_memory(source, bytes_each=2)
 
@@ -140,7 +140,7 @@ def put_codes(
         raise ExportError(f"{folder}: {config.precision} has no codes")
     parts = parts_in(graph, source)
     used = {module for spans in parts.values() for module, _, _ in spans}
-    kept = [module for module in _matrices(source) if module not in used]  # floating point in the graph
+    kept = [module for module in matrices(source) if module not in used]  # floating point in the graph
     calibrated = examples.rows if way != "default" else ()
     codes = codes_of(source, way, grid, calibrated, kept, graph.scale_dtype, trust_remote_code, on_event)
     new = {product: found for product, spans in parts.items() if (found := joined(codes, spans)) is not None}
@@ -191,8 +191,8 @@ def raise_most_sensitive(
 
     model = load_model(source, LoadPlan(stored_dtype(source), torch.device("cpu"), None, trust_remote_code)).eval()
     found = divergences(model, parts, codes, examples.rows, examples.starts, on_event)
-    matrices = _matrices(source)
-    numbers = {p: sum((stop - start) * matrices[m][1] for m, start, stop in spans) for p, spans in parts.items()}
+    shapes = matrices(source)
+    numbers = {p: sum((stop - start) * shapes[m][1] for m, start, stop in spans) for p, spans in parts.items()}
     whole = sum(n // 2 + n // config.block_size * kept_as.itemsize for n in numbers.values())
     budget = int(whole * (config.size_budget - 1))
     raised = choose_raised(found, {p: n // 2 for p, n in numbers.items()}, budget)
@@ -214,11 +214,11 @@ def raise_most_sensitive(
 
 def parts_in(graph: GraphCodes, source: Path) -> dict[str, list[tuple[str, int, int]]]:
     """`GraphCodes.parts` for the model in `source`."""
-    rows = {module: shape[0] for module, shape in _matrices(source).items()}
+    rows = {module: shape[0] for module, shape in matrices(source).items()}
     return graph.parts(rows, json.loads((source / "config.json").read_text(encoding="utf-8")))
 
 
-def _matrices(source: Path) -> dict[str, tuple[int, int]]:
+def matrices(source: Path) -> dict[str, tuple[int, int]]:
     """Module -> (rows, columns), of every matrix in the model's files; the output layer also where it is the input embedding."""
     from phinetune.lora.shards import Layout
     from phinetune.model.load import tied_embeddings
