@@ -1,9 +1,10 @@
 """What int4 leaves of a fine-tuning, way by way: adapters of several seeds, merged, exported, and every stage asked the same held-out phrases.
 
-    python benchmarks/int4.py --data phrase-tone.jsonl [--seeds 0,1,2] [--ways default,searched,gptq,aware] [--work FOLDER]
+    python benchmarks/int4.py --data phrase-tone.jsonl [--seeds 0,1,2] [--ways default,searched,gptq,mixed,aware,nf4,grid] [--work FOLDER]
 
-`aware` is an adapter trained with `int4_aware` and exported with the nearest codes; the others are one plain adapter, quantized in
-different ways. Answers are generated and compared whole (exact match), in torch for the adapter, in ONNX Runtime for int4. Also in the
+`default`, `searched`, `gptq` and `mixed` are one plain adapter, quantized in different ways; `aware` one that was trained with `int4_aware`,
+with the nearest codes; `nf4` one that was trained over a base in NF4, merged and exported as `phinetune export` does by itself; `grid`
+one that was trained over the graph's own integers, shipped beside them. Answers are generated and compared whole (exact match), in torch for the adapter, in ONNX Runtime for int4. Also in the
 results: size, what the survival gauge says, seconds of each export (right with nothing else on the machine). Stages that --work holds
 already are not made again. Writes benchmarks/results/int4.json and prints a table. What int4_aware costs in training: train.py.
 """
@@ -22,7 +23,25 @@ import phinetune
 from phinetune.artifact import folder_bytes, write_json
 
 RESULTS = Path(__file__).with_name("results") / "int4.json"
-WAYS = ("default", "searched", "gptq", "aware")
+WAYS = ("default", "searched", "gptq", "mixed", "aware", "nf4", "grid")
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "aware": ({"int4_aware": True}, {}),
+    "nf4": ({}, {"load_in_4bit": True}),
+    "grid": ({}, {"load_on_grid": True}),
+}
+"""Kind of adapter -> what its training_config and model_kwargs say."""
+ALGORITHMS = {"aware": "default", "nf4": "auto", "grid": "auto"}
+NAMES = {
+    "aware": "int4_aware training, `default`",
+    "nf4": "QLoRA over NF4, merged, `auto`",
+    "grid": "QLoRA over the graph's integers, beside them",
+}
+
+
+def kind_of(way: str) -> str:
+    """The kind of adapter that a way starts from."""
+    return way if way in KINDS else "plain"
 
 
 def quiet(event: Any) -> None:
@@ -30,9 +49,13 @@ def quiet(event: Any) -> None:
 
 
 def adapter(work: Path, data: Any, kind: str, seed: int) -> Path:
-    """The adapter of a seed, plain or `aware`."""
-    config: dict[str, Any] = {"seed": seed, **({"int4_aware": True} if kind == "aware" else {})}
-    return phinetune.finetune("smollm2-135m", data, config, output_dir=work / f"{kind}{seed}", on_event=quiet).folder
+    """The adapter of a kind and a seed."""
+    training, kwargs = KINDS[kind]
+    config = {"seed": seed, **training}
+    folder = work / f"{kind}{seed}"
+    return phinetune.finetune(
+        "smollm2-135m", data, config, None, kwargs or None, output_dir=folder, on_event=quiet
+    ).folder
 
 
 def exact(folder: Path) -> float:
@@ -42,10 +65,12 @@ def exact(folder: Path) -> float:
 
 
 def exported(work: Path, trained: Path, way: str) -> dict[str, Any]:
-    """The adapter in `trained` merged and exported by `way`, and its figures."""
-    merged = phinetune.merge(str(trained), work / f"m-{trained.name}", on_event=quiet).folder
-    config = {"algorithm": "default" if way == "aware" else way, "max_drop": "any"}
-    result = phinetune.export(str(merged), work / f"o-{trained.name}-{way}", config, on_event=quiet)
+    """The adapter in `trained` exported by `way`, merged before but where it goes beside, and its figures."""
+    source = trained
+    if way != "grid":
+        source = phinetune.merge(str(trained), work / f"m-{trained.name}", on_event=quiet).folder
+    config = {"algorithm": ALGORITHMS.get(way, way), "max_drop": "any"}
+    result = phinetune.export(str(source), work / f"o-{trained.name}-{way}", config, on_event=quiet)
     survival = result.manifest["survival"]
     return {
         "exact": exact(result.folder),
@@ -53,7 +78,7 @@ def exported(work: Path, trained: Path, way: str) -> dict[str, Any]:
         "export_seconds": result.manifest["seconds"],
         "tokens_alike": survival["answers"]["tokens_alike"],
         "loss": survival["answers"]["loss"],
-        "kept": survival["weights"]["kept"],
+        **({"kept": survival["weights"]["kept"]} if "weights" in survival else {}),
     }
 
 
@@ -61,11 +86,11 @@ def measure(work: Path, data: Any, seeds: list[int], ways: list[str]) -> dict[st
     """seed -> adapters and ways with their figures."""
     found: dict[str, Any] = {}
     for seed in seeds:
-        kinds = [kind for kind in ("plain", "aware") if kind == "plain" or "aware" in ways]
+        kinds = list(dict.fromkeys(kind_of(way) for way in ways))
         trained = {kind: adapter(work, data, kind, seed) for kind in kinds}
         found[str(seed)] = {
             "adapters": {kind: {"exact": exact(folder)} for kind, folder in trained.items()},
-            "ways": {way: exported(work, trained["aware" if way == "aware" else "plain"], way) for way in ways},
+            "ways": {way: exported(work, trained[kind_of(way)], way) for way in ways},
         }
         print(f"seed {seed}: {found[str(seed)]}", flush=True)
     return found
@@ -75,12 +100,11 @@ def table(found: dict[str, Any], ways: list[str]) -> str:
     """A row for each way: exact match of its adapter and of int4 by seed, the mean difference, size."""
     lines = ["| codes | adapter | int4 | mean difference | size |", "| --- | --- | --- | --- | --- |"]
     for way in ways:
-        kind = "aware" if way == "aware" else "plain"
-        before = [seed["adapters"][kind]["exact"] for seed in found.values()]
+        before = [seed["adapters"][kind_of(way)]["exact"] for seed in found.values()]
         after = [seed["ways"][way]["exact"] for seed in found.values()]
         size = statistics.mean(seed["ways"][way]["bytes"] for seed in found.values()) / 1e6
         change = 100 * (statistics.mean(after) - statistics.mean(before))
-        name = "int4_aware training, `default`" if way == "aware" else f"`{way}`"
+        name = NAMES.get(way, f"`{way}`")
         shares = [", ".join(f"{100 * x:.1f}" for x in row) for row in (before, after)]
         lines.append(f"| {name} | {shares[0]} % | {shares[1]} % | {change:+.1f} points | {size:.1f} MB |")
     return "\n".join(lines)
