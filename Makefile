@@ -29,6 +29,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/train.py $(ARGS)
 	$(BIN)/python benchmarks/train.py --first-step
 	$(BIN)/python benchmarks/train.py --readme
+	$(BIN)/python benchmarks/speed.py
 
 docs: $(VENV)/.test
 	$(BIN)/python docs/generate.py

@@ -6,12 +6,14 @@
 with the nearest codes; `nf4` one that was trained over a base in NF4, merged and exported as `phinetune export` does by itself; `grid`
 one that was trained over the graph's own integers, shipped beside them. Answers are generated and compared whole (exact match), in torch for the adapter, in ONNX Runtime for int4. Also in the
 results: size, what the survival gauge says, seconds of each export (right with nothing else on the machine). Stages that --work holds
-already are not made again. Writes benchmarks/results/int4.json and prints a table. What int4_aware costs in training: train.py.
+already are not made again. --data is a file with the columns phrase and tone, or `tone`, the bundled set. What was measured replaces what
+benchmarks/results/int4.json held of the same set, seed and way; prints its table. What int4_aware costs in training: train.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -82,47 +84,60 @@ def exported(work: Path, trained: Path, way: str) -> dict[str, Any]:
     }
 
 
-def measure(work: Path, data: Any, seeds: list[int], ways: list[str]) -> dict[str, Any]:
-    """seed -> adapters and ways with their figures."""
-    found: dict[str, Any] = {}
-    for seed in seeds:
-        kinds = list(dict.fromkeys(kind_of(way) for way in ways))
-        trained = {kind: adapter(work, data, kind, seed) for kind in kinds}
-        found[str(seed)] = {
-            "adapters": {kind: {"exact": exact(folder)} for kind, folder in trained.items()},
-            "ways": {way: exported(work, trained[kind_of(way)], way) for way in ways},
-        }
-        print(f"seed {seed}: {found[str(seed)]}", flush=True)
-    return found
+def measure(work: Path, data: Any, seed: int, ways: list[str]) -> dict[str, Any]:
+    """Adapters and ways of one seed with their figures."""
+    kinds = list(dict.fromkeys(kind_of(way) for way in ways))
+    trained = {kind: adapter(work, data, kind, seed) for kind in kinds}
+    return {
+        "adapters": {kind: {"exact": exact(folder)} for kind, folder in trained.items()},
+        "ways": {way: exported(work, trained[kind_of(way)], way) for way in ways},
+    }
 
 
-def table(found: dict[str, Any], ways: list[str]) -> str:
+def keep(name: str, seed: int, found: dict[str, Any]) -> dict[str, Any]:
+    """Put the figures of a set and a seed into the results, beside those of other ways; the seeds of that set."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"sets": {}}
+    seeds: dict[str, Any] = results["sets"].setdefault(name, {})
+    known = seeds.setdefault(str(seed), {"adapters": {}, "ways": {}})
+    for part in ("adapters", "ways"):
+        known[part] |= found[part]
+    write_json(RESULTS, {**results, **about()})
+    return seeds
+
+
+def table(found: dict[str, Any]) -> str:
     """A row for each way: exact match of its adapter and of int4 by seed, the mean difference, size."""
     lines = ["| codes | adapter | int4 | mean difference | size |", "| --- | --- | --- | --- | --- |"]
-    for way in ways:
-        before = [seed["adapters"][kind_of(way)]["exact"] for seed in found.values()]
-        after = [seed["ways"][way]["exact"] for seed in found.values()]
-        size = statistics.mean(seed["ways"][way]["bytes"] for seed in found.values()) / 1e6
+    for way in WAYS:
+        seeds = [seed for _, seed in sorted(found.items()) if way in seed["ways"]]
+        if not seeds:
+            continue
+        before = [seed["adapters"][kind_of(way)]["exact"] for seed in seeds]
+        after = [seed["ways"][way]["exact"] for seed in seeds]
+        size = statistics.mean(seed["ways"][way]["bytes"] for seed in seeds) / 1e6
         change = 100 * (statistics.mean(after) - statistics.mean(before))
-        name = NAMES.get(way, f"`{way}`")
         shares = [", ".join(f"{100 * x:.1f}" for x in row) for row in (before, after)]
+        name = NAMES.get(way, f"`{way}`")
         lines.append(f"| {name} | {shares[0]} % | {shares[1]} % | {change:+.1f} points | {size:.1f} MB |")
     return "\n".join(lines)
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--data", required=True, help="a file with the columns phrase and tone")
+    options.add_argument("--data", required=True, help="a file with the columns phrase and tone, or tone")
     options.add_argument("--seeds", default="0,1,2")
     options.add_argument("--ways", default=",".join(WAYS))
     options.add_argument("--work", type=Path, help="where the stages are kept (default: a temporary folder)")
     a = options.parse_args()
-    data = {"path": a.data, "prompt": "What is the tone of this phrase? {phrase}", "completion": "{tone}"}
-    ways = a.ways.split(",")
+    columns = {"prompt": "What is the tone of this phrase? {phrase}", "completion": "{tone}"}
+    data: Any = a.data if a.data == "tone" else {"path": a.data, **columns}
+    seeds: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="phinetune-bench-") as scratch:
-        found = measure(a.work or Path(scratch), data, [int(s) for s in a.seeds.split(",")], ways)
-    write_json(RESULTS, {"data": Path(a.data).name, "seeds": found, **about()})
-    print(table(found, ways))
+        for seed in map(int, a.seeds.split(",")):
+            found = measure(a.work or Path(scratch), data, seed, a.ways.split(","))
+            seeds = keep(Path(a.data).stem, seed, found)
+            print(f"seed {seed}: {found}", flush=True)
+    print(table(seeds))
 
 
 if __name__ == "__main__":

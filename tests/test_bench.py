@@ -170,3 +170,44 @@ def test_unknown_names_are_refused() -> None:
             train.parse(wrong)
     with pytest.raises(SystemExit, match="unknown stack"):
         train.chosen_stacks(["phinetune, faster"])
+
+
+def test_a_gguf_file_holds_the_model_as_llama_cpp_rotates_it(llama_folder: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    from gguf_file import write_gguf
+    from safetensors.torch import load_file
+
+    write_gguf(llama_folder, tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(str(tmp_path / "model.gguf"))
+    found = {t.name: torch.from_numpy(t.data.astype("float32")) for t in reader.tensors}
+    stored = load_file(str(llama_folder / "model.safetensors"))
+    assert len(found) == len(stored) and found["output_norm.weight"].dim() == 1
+    down = stored["model.layers.1.mlp.down_proj.weight"]
+    assert torch.allclose(found["blk.1.ffn_down.weight"], down, atol=1e-3)
+    x, heads, width = torch.randn(64), 4, 16
+    angle = 3.0 / 10000 ** (torch.arange(width // 2) * 2 / width)  # at position 3
+    cos, sin = angle.cos(), angle.sin()
+
+    def halves(q: torch.Tensor) -> torch.Tensor:
+        a, b = q.view(heads, 2, width // 2).unbind(1)
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], 1)
+
+    def pairs(q: torch.Tensor) -> torch.Tensor:
+        a, b = q.view(heads, width // 2, 2).unbind(2)
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], 1)
+
+    ours = halves(stored["model.layers.0.self_attn.q_proj.weight"].float() @ x)
+    assert torch.allclose(pairs(found["blk.0.attn_q.weight"] @ x), ours, atol=0.05)
+
+
+def test_speed_is_compared_within_rounds() -> None:
+    import speed
+
+    rounds = [
+        {"phinetune": {"prefill": 100.0 * n, "decode": 30.0}, "llama.cpp": {"prefill": 50.0 * m, "decode": 20.0}}
+        for n, m in ((1, 1), (2, 4), (3, 2))
+    ]
+    found = speed.summary(rounds)
+    assert found["engines"]["phinetune"]["prefill"] == 200 and found["ratios"]["phinetune"]["llama.cpp"] == {
+        "prefill": 2.0, "decode": 1.5,
+    }  # fmt: skip
