@@ -76,7 +76,9 @@ class Stack:
     """It trains on rounded weights, so its losses are others."""
 
 
-def run_phinetune(job: Job, pace: Pace, training: dict[str, Any] | None = None) -> list[int]:
+def run_phinetune(
+    job: Job, pace: Pace, training: dict[str, Any] | None = None, base: dict[str, Any] | None = None
+) -> list[int]:
     """Trains by `phinetune.finetune`; returns [tokens of all steps], as its ledger has them."""
     import phinetune
     from phinetune.events import Progress
@@ -96,7 +98,8 @@ def run_phinetune(job: Job, pace: Pace, training: dict[str, Any] | None = None) 
         {"path": str(job.rows / "rows.jsonl"), "test_fraction": 0.0},
         {**job.training(), **(training or {})},
         {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"},
-        output_dir=job.rows / "-".join(["adapter", *(training or {})]),
+        base,
+        output_dir=job.rows / "-".join(["adapter", *(training or {}), *(base or {})]),
         on_event=on_event,
     )
     pace.losses[:] = result.manifest["figures"]["train_loss"]
@@ -192,6 +195,10 @@ STACKS = {
         Stack("phinetune", "phinetune", run_phinetune),
         Stack("phinetune, reference", "phinetune, reference", run_phinetune, {"training": REFERENCE}),
         Stack("phinetune, int4-aware", "phinetune, int4-aware", run_phinetune, {"training": AWARE}, rounded=True),
+        *(
+            Stack(f"phinetune, {name}", f"phinetune, {name}", run_phinetune, {"base": {key: True}}, rounded=True)
+            for name, key in (("QLoRA, NF4", "load_in_4bit"), ("QLoRA, on the grid", "load_on_grid"))
+        ),
         Stack("TRL, defaults", "TRL SFTTrainer, its defaults", run_trl),
         *(
             Stack(
@@ -226,7 +233,7 @@ def missing(stack: Stack) -> str | None:
         from phinetune.training.config import read_training_config
 
         try:
-            read_training_config(stack.options["training"], lambda event: None)
+            read_training_config(stack.options.get("training", {}), lambda event: None)
         except ConfigError:
             return "this phinetune has no such switch"
     needed = {run_trl: ("trl", "peft"), run_peft: ("peft",)}.get(stack.run, ())
