@@ -98,7 +98,8 @@ def test_a_folder_that_does_not_load_is_caught(copy: Path) -> None:
         verify(copy, ExportConfig(), load_contract(copy))
 
 
-def test_a_builder_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_builder_that_fails_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phinetune.workflow.export.architecture_problem", lambda values, builder: "")
     folder = tiny_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["StableLmForCausalLM"]}))

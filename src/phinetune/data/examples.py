@@ -232,6 +232,7 @@ class _Reading:
             ledger.duplicates += answer in seen
             ledger.contradictions += answer not in seen and len(seen) == 1
             seen.add(answer)
+            ledger.unclosed += example is encoded and not _closed(example, self.encoder)
             ledger.tokens += len(example.input_ids)
             ledger.supervised_tokens += sum(label != MASKED for label in example.labels)
             if self.config.text is None:
@@ -269,6 +270,11 @@ class _Reading:
     def packed(self, rows: Examples) -> Examples:
         """`rows` as blocks or windows."""
         return write_examples(make_blocks(rows, self.config, self.limit, self.joiner, self.ledger))
+
+
+def _closed(example: Example, encoder: ChatEncoder) -> bool:
+    """The token that ends the (last) answer is learned."""
+    return bool(example.labels) and example.labels[-1] in encoder.stop_ids
 
 
 def _digest(value: object) -> bytes:

@@ -20,6 +20,8 @@ class Ledger:
     split_at_border: int = 0
     last_turn_only: int = 0
     cut_at_stop_token: int = 0
+    unclosed: int = 0
+    """Rows, not counting those cut at max_length, whose stop token is not learned."""
     tokens: int = 0
     supervised_tokens: int = 0
     selection: str = ""

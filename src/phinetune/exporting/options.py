@@ -49,6 +49,10 @@ class Builder:
     precisions: tuple[str, ...]
     algorithms: frozenset[str]
     options: frozenset[str]
+    architectures: frozenset[str] = frozenset()
+    """Empty where its source does not say."""
+    reads_local_theta: bool = False
+    """Takes Gemma 3's second rotary base from `rope_local_base_freq`, which transformers 5 has not."""
 
     @property
     def shares_integers(self) -> bool:
@@ -79,7 +83,26 @@ def read_builder(folder: Path) -> Builder:
         tuple(re.findall(r'"(\w+)"', choices[1])) if choices else ("int4", "fp16", "fp32"),
         frozenset({"default"} | {a for a in known if f'"{a}"' in whole}),
         frozenset(name for name in names if not name.startswith("_") and name != "hf_details"),
+        frozenset(re.findall(r'architectures\[0\] == "(\w+)"', whole)),
+        "config.rope_local_base_freq" in whole,
     )
+
+
+def architecture_problem(model_config: dict[str, Any], builder: Builder) -> str:
+    """One line if `builder` cannot build models of this config.json; empty if nothing speaks against it."""
+    name = next(iter(model_config.get("architectures") or ()), None)
+    rope = model_config.get("rope_parameters") or model_config.get("rope_scaling") or {}
+    if name is None or (builder.architectures and name not in builder.architectures):
+        return f"{name or 'a model without architectures in its config.json'}: the installed onnxruntime-genai does not build it"
+    if name.startswith("Gemma3") and builder.reads_local_theta and any(isinstance(v, dict) for v in rope.values()):
+        return f"{name}: the installed onnxruntime-genai cannot read the two rotary bases of it from transformers 5"
+    context, original = (model_config.get(f"{n}max_position_embeddings") for n in ("", "original_"))
+    if name == "Phi3ForCausalLM" and context != original and "long_factor" not in rope:
+        return (
+            f"{name}: max_position_embeddings is {context} and original_max_position_embeddings {original}, but rope_parameters "
+            "has no long_factor: onnxruntime-genai builds no such model"
+        )
+    return ""
 
 
 def check_options(config: ExportConfig, model_config: dict[str, Any], builder: Builder) -> None:

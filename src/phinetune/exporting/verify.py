@@ -1,4 +1,4 @@
-"""Is the ONNX folder what was asked for? Options in the graph, settings, token ids, stop ids, loading, logits. Else an ExportError.
+"""Is the ONNX folder what was asked for? Options in the graph, settings, prompts, stop ids, loading. Else an ExportError.
 
 The builder reports success for options it ignored and for models that do not load, so its word is not taken. What cannot be verified on
 this machine (a provider that it has not, a model without its output layer) is said.
@@ -16,6 +16,7 @@ from phinetune.errors import ExportError
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.exporting.config import ExportConfig
 from phinetune.exporting.graph import graph_problems, read_graph
+from phinetune.exporting.prompts import TEXTS, template_problems, token_problems
 from phinetune.generation.onnx_backend import OnnxGenerator, onnx_runtime, open_folder
 from phinetune.model.contract import Probe, PromptContract
 
@@ -25,8 +26,13 @@ _NO_KERNEL = "Could not find an implementation"  # for a type of numbers that th
 
 def write_contract(folder: Path, contract: PromptContract, search: dict[str, Any] | None = None) -> None:
     """Put the prompt contract into an exported folder: tokenizer, template, and the stop and pad ids of `genai_config.json`, whose
-    "search" takes `search` and is rid of what no runtime reads."""
+    "search" takes `search` and is rid of what no runtime reads.
+
+    A template that can open a thinking block is told there not to, as in training: runtimes have no argument for it."""
     contract.save(folder)
+    template = folder / "chat_template.jinja"
+    if "enable_thinking" in contract.chat_template and template.is_file():
+        template.write_text("{% set enable_thinking = false %}" + contract.chat_template, encoding="utf-8")
     file = folder / GENAI_CONFIG
     config = json.loads(file.read_text(encoding="utf-8"))
     config["model"]["eos_token_id"] = list(contract.stop_ids)
@@ -56,14 +62,19 @@ def verify(
     """
     found = read_graph(folder / "model.onnx")
     model, lacking = open_model(folder, config)
-    problems = graph_problems(found, config) + _settings_problems(folder, config, contract)
-    problems += [lacking] if model is None and _NO_KERNEL not in lacking else _token_problems(model, contract, prompts)
+    problems, unsure = graph_problems(found, config) + _settings_problems(folder, config, contract), list[str]()
+    if model is not None:
+        tokenizer = onnx_runtime().Tokenizer(model)
+        of_template, unsure = template_problems(tokenizer, contract)
+        problems += token_problems(tokenizer, contract, prompts) + of_template
+    elif _NO_KERNEL not in lacking:
+        problems.append(lacking)
     if problems:
         raise ExportError(
             [f"{folder.name.removesuffix('.partial')}: {p}" for p in problems],
             "the installed onnxruntime-genai does not build what was asked; try another version or other options",
         )
-    unsure = [lacking] if lacking else []
+    unsure += [lacking] if lacking else []
     if model is not None and config.answers_prompts:
         check_runs(OnnxGenerator(model, contract), folder)
     elif model is not None:
@@ -75,8 +86,18 @@ def verify(
         unsure.append(f"extra_options: the effect of {', '.join(config.extra_options)} was not verified")
     for text in unsure:
         on_event(Note(f"export: {text}", warning=True))
-    facts = {**found.as_dict(), "prompts_compared": len(contract.probes) + len(prompts) if model is not None else 0}
+    compared = len(contract.probes) + len(prompts) + len(TEXTS) + 1 if model is not None else 0
+    facts: dict[str, Any] = {**found.as_dict(), "prompts_compared": compared}
+    if contract.pad_token_id in contract.stop_ids:  # many models have no other; runtimes tell padding by its place
+        name = contract.tokenizer.convert_ids_to_tokens(contract.pad_token_id)
+        on_event(Note(f"export: the model has one token, {name}, to end answers and to fill up batches"))
+        facts["pad_is_stop_token"] = True
     return facts | ({"not_verified": unsure} if unsure else {})
+
+
+def first_line(error: Exception) -> str:
+    """What the runtime says, without its stack."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def open_model(folder: Path, config: ExportConfig) -> tuple[Any, str]:
@@ -93,7 +114,7 @@ def open_model(folder: Path, config: ExportConfig) -> tuple[Any, str]:
     try:
         return open_folder(folder, providers=has_it), lacking
     except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error)
         if not has_it and _NO_KERNEL in reason:
             kernel = f"the CPU cannot run it either ({reason[:60]}...)"
             return None, f"this machine's onnxruntime-genai has no {provider}, and {kernel}: loading was not verified"
@@ -121,31 +142,16 @@ def _settings_problems(folder: Path, config: ExportConfig, contract: PromptContr
     return problems
 
 
-def _token_problems(model: Any, contract: PromptContract, prompts: Sequence[Probe]) -> list[str]:
-    """Differences between the contract and what the exported folder's own tokenizer does."""
-    problems: list[str] = []
-    if model is None:
-        return problems
-    tokenizer = onnx_runtime().Tokenizer(model)
-    for probe in (*contract.probes, *prompts):
-        ids = tuple(int(i) for i in tokenizer.encode(probe.text))
-        if ids != probe.ids:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(ids, probe.ids, strict=False)) if a != b),
-                min(len(ids), len(probe.ids)),
-            )
-            problems.append(
-                f"ONNX Runtime's tokenizer differs from the one trained with at token {at} of {probe.text[:40]!r}: {list(ids[at : at + 3])} instead of {list(probe.ids[at : at + 3])}"
-            )
-    return problems
-
-
 def check_runs(generator: OnnxGenerator, folder: Path) -> None:
-    """Raises ExportError if the model's logits for a probe are not finite."""
+    """Raises ExportError if the model does not run, or if its logits for a probe are not finite."""
     import numpy as np
 
     probe = next((p for p in generator.contract.probes if p.ids), None)
-    if probe is not None and not np.isfinite(generator.logits(probe.ids)).all():
+    try:
+        logits = generator.logits(probe.ids) if probe is not None else np.zeros(1)
+    except Exception as error:  # the runtime's own: a kernel that refuses these sizes
+        raise ExportError(f"{folder}: ONNX Runtime cannot run it: {first_line(error)}") from error
+    if not np.isfinite(logits).all():
         raise ExportError(
             f"{folder}: the model's logits are not finite", "the weights do not survive this precision; try another"
         )
@@ -159,8 +165,7 @@ def check_outputs(folder: Path, contract: PromptContract) -> None:
     try:
         outputs = run_graph(folder, probe.ids)
     except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ExportError(f"{folder}: ONNX Runtime cannot run it: {reason}") from error
+        raise ExportError(f"{folder}: ONNX Runtime cannot run it: {first_line(error)}") from error
     if not all(np.isfinite(values).all() for values in outputs.values()):
         raise ExportError(
             f"{folder}: the model's outputs are not finite", "the weights do not survive this precision; try another"
@@ -191,37 +196,3 @@ def run_graph(folder: Path, ids: Sequence[int], embeddings: Any = None) -> dict[
             feed[entry.name] = np.array([list(values[entry.name])], kind)
     wanted = [o.name for o in session.get_outputs() if o.name in ("logits", "hidden_states")]
     return dict(zip(wanted, session.run(wanted, feed), strict=True))
-
-
-def logits_distance(generator: OnnxGenerator, model: Any) -> float:
-    """Largest absolute difference between the ONNX model's and the torch model's logits, over the contract's probes."""
-    import torch
-
-    largest = 0.0
-    for probe in generator.contract.probes:
-        with torch.inference_mode():
-            expected = (
-                model(input_ids=torch.tensor([list(probe.ids)], device=model.device), logits_to_keep=1)
-                .logits[0, -1]
-                .float()
-                .cpu()
-            )
-        largest = max(largest, float((torch.from_numpy(generator.logits(probe.ids)) - expected).abs().max()))
-    return largest
-
-
-def outputs_distance(folder: Path, contract: PromptContract, model: Any) -> float:
-    """As `logits_distance`, for graphs that take embeddings or give hidden states: over all of their outputs and tokens."""
-    import torch
-
-    largest = 0.0
-    for probe in contract.probes:
-        ids = torch.tensor([list(probe.ids)])
-        with torch.inference_mode():
-            out = model(input_ids=ids, output_hidden_states=True)
-            embeddings = model.get_input_embeddings()(ids).float().numpy()
-        expected = {"logits": out.logits, "hidden_states": out.hidden_states[-1]}
-        for name, values in run_graph(folder, probe.ids, embeddings).items():
-            distance = (torch.from_numpy(values).float() - expected[name].float()).abs().max()
-            largest = max(largest, float(distance))
-    return largest

@@ -14,10 +14,10 @@ from phinetune.data.examples import training_prompts
 from phinetune.data.messages import parse_data_config
 from phinetune.data.sources import data_source
 from phinetune.errors import DataError, ExportError
-from phinetune.events import Note, OnEvent, log_event
+from phinetune.events import Event, Note, OnEvent, log_event
 from phinetune.exporting.build import build_onnx, check_builder
 from phinetune.exporting.config import ExportConfig
-from phinetune.exporting.options import check_options, installed_builder
+from phinetune.exporting.options import architecture_problem, check_options, installed_builder
 from phinetune.generation.load import adapter_base, find
 from phinetune.generation.onnx_backend import open_folder
 from phinetune.generation.threads import measure_threads, threads_for
@@ -27,16 +27,12 @@ from phinetune.model.grid import read_grid
 from phinetune.quiet import measuring
 from phinetune.workflow.export_beside import export_beside, goes_beside
 from phinetune.workflow.merge import INHERITED, adapter_key, merge
+from phinetune.workflow.parity import compare_with_torch
 from phinetune.workflow.quantize import choose_ways, put_codes
 from phinetune.workflow.survival import Reference, check_answers, check_weights, reference_answers, worst_layers
 from phinetune.workflow.tune import first_that_keeps, in_order_of_speed, write_threads
 
 _TRAINING_PROMPTS = 200  # prompts of the training whose token ids are compared with ONNX Runtime's
-FP_TOLERANCE = {
-    "fp32": 1e-3,
-    "fp16": 0.25,
-    "bf16": 2.0,
-}  # largest difference of logits from torch's that a floating point build may show
 _VERSION = 3  # of what is built for a config; one more when a default changes
 
 
@@ -63,8 +59,8 @@ def export(
     every stage is evaluated anyway.
 
     Verified means: the graph shows every option that was asked for, the folder loads and answers, its tokenizer gives the ids that
-    training used, it stops where the model was trained to stop; in fp32 its logits are torch's within 1e-3. What could not be verified
-    is said. Raises ConfigError for options that cannot be, before anything is built; ExportError for a folder that is not what was asked
+    training used and its chat template the prompts, it stops where the model was trained to stop; its logits are torch's (see
+    `workflow.parity`). What could not be verified is said. Raises ConfigError for options that cannot be, before anything is built; ExportError for a folder that is not what was asked
     for, and leaves nothing.
     """
     if adapters:
@@ -138,6 +134,10 @@ def choose_threads(folder: Path, on_event: OnEvent) -> dict[str, Any]:
     return {"chosen": threads, "seconds": seconds}
 
 
+def _nobody(event: Event) -> None:
+    """Listens to what has been said already."""
+
+
 class _Codes:
     """The integers of a folder that was built and verified: which way they are computed, and what they left of the fine-tuning."""
 
@@ -175,7 +175,8 @@ class _Codes:
                 raised = put_codes(
                     self.source, self.folder, self.config, way, choice.examples, self.trust, self.on_event
                 )
-                verify(self.folder, self.config, self.contract, (), lambda event: None)  # the graph is another one now
+                verify(self.folder, self.config, self.contract, (), _nobody)  # the graph is another one now
+                compare_with_torch(self.source, self.folder, self.config, self.contract, self.trust, _nobody)
             why = choice.reason if not i else f"{choice.ways[i - 1]} lost too much"
             self.on_event(Note(f"export: codes by {way}{f' ({why})' if why else ''}"))
             figures, problems = self.gauge(reference)
@@ -204,11 +205,16 @@ class _Codes:
 
 
 def check_export(config: ExportConfig, base: Path, trust_remote_code: bool = False) -> None:
-    """Raise ConfigError for options that cannot be, for the model in the folder `base` and the installed builder."""
+    """Raise ConfigError for options that cannot be, for the model in the folder `base` and the installed builder; ExportError for a model
+    that it does not build."""
     from phinetune.model.load import read_model_config
 
-    values = read_model_config(base, trust_remote_code).to_dict()
-    check_options(config, {**values.get("text_config", {}), **values}, installed_builder())
+    values, builder = read_model_config(base, trust_remote_code).to_dict(), installed_builder()
+    values = {**values.get("text_config", {}), **values}
+    if problem := architecture_problem(values, builder):
+        known = ", ".join(sorted(n.removesuffix("ForCausalLM") for n in builder.architectures if "CausalLM" in n))
+        raise ExportError(problem, f"it builds {known}" if known and "does not build" in problem else "")
+    check_options(config, values, builder)
 
 
 def changed_fields(config: ExportConfig) -> dict[str, Any]:
@@ -234,8 +240,8 @@ def build_verified(
     build_onnx(source, folder, config, trust_remote_code, on_event)
     write_contract(folder, contract, config.search)
     verified = verify(folder, config, contract, training_probes(made_from, contract), on_event)
-    if config.precision in FP_TOLERANCE and verified["prompts_compared"]:  # else it does not load on this machine
-        verified["logits_distance"] = _compare(source, folder, config, contract, trust_remote_code, on_event)
+    if verified["prompts_compared"]:  # else it does not load on this machine
+        verified |= compare_with_torch(source, folder, config, contract, trust_remote_code, on_event)
     return verified
 
 
@@ -253,35 +259,3 @@ def training_probes(made_from: dict[str, Any], contract: PromptContract) -> list
         return []
     texts = itertools.islice(training_prompts(config, contract, file), _TRAINING_PROMPTS)
     return [Probe(text, tuple(contract.tokenize(text))) for text in texts]
-
-
-def _compare(
-    source: Path,
-    folder: Path,
-    config: ExportConfig,
-    contract: PromptContract,
-    trust_remote_code: bool,
-    on_event: OnEvent,
-) -> float:
-    """The largest difference of the exported model's outputs from those of float32 torch. Raises ExportError beyond the tolerance."""
-    import torch
-
-    from phinetune.exporting.verify import logits_distance, open_model, outputs_distance
-    from phinetune.generation.onnx_backend import OnnxGenerator
-    from phinetune.model.load import LoadPlan, load_model
-
-    model = load_model(source, LoadPlan(torch.float32, torch.device("cpu"), None, trust_remote_code))
-    if config.answers_prompts:
-        distance = logits_distance(OnnxGenerator(open_model(folder, config)[0], contract), model)
-    else:
-        distance = outputs_distance(folder, contract, model)
-    if config.include_hidden_states:
-        distance = max(distance, outputs_distance(folder, contract, model))
-    what = "logits" if not config.exclude_lm_head else "hidden states"
-    on_event(Note(f"export: on the probes the ONNX {what} differ from torch's by {distance:.2g} at most"))
-    if distance > FP_TOLERANCE[config.precision]:
-        raise ExportError(
-            f"the {config.precision} ONNX model's {what} differ from torch's by {distance:.3g} ({FP_TOLERANCE[config.precision]} is allowed)",
-            "this architecture is not exported rightly by the installed onnxruntime-genai",
-        )
-    return distance

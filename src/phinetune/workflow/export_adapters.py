@@ -23,9 +23,10 @@ from phinetune.exporting.config import ExportConfig
 from phinetune.generation.load import adapter_base, adapter_contract, find, trained_overrides
 from phinetune.model.contract import PromptContract
 from phinetune.model.folder import base_key, weight_files
-from phinetune.workflow.export import FP_TOLERANCE, build_verified, changed_fields, check_export, parse_export_config
+from phinetune.workflow.export import build_verified, changed_fields, check_export, parse_export_config
 from phinetune.workflow.export_beside import check_codes, grid_of_base
 from phinetune.workflow.merge import INHERITED, adapter_key
+from phinetune.workflow.parity import FP_TOLERANCE
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,9 @@ from typing import Any
 from phinetune.artifact import content_key
 from phinetune.data.examples import Examples, load_examples
 from phinetune.data.inheritance import inherit
+from phinetune.data.ledger import Ledger
 from phinetune.data.messages import DataConfig, parse_data_config
-from phinetune.errors import ConfigError
+from phinetune.errors import ConfigError, DataError
 from phinetune.events import Note, OnEvent
 from phinetune.lora.config import LoraConfig, parse_lora_config
 from phinetune.model.contract import PromptContract
@@ -162,6 +163,7 @@ def read_examples(
 ) -> tuple[Examples, Examples, dict[str, Any]]:
     """(train, held out, ledgers for the manifest); what became of the rows is said."""
     train, test, ledger = load_examples(asked.data, contract, on_event)
+    _check_closed(ledger, contract, asked.data.path)
     for line in ledger.lines():
         on_event(Note(line))
     ledgers = {"ledger": asdict(ledger)}
@@ -179,3 +181,18 @@ def read_examples(
             )
         ledgers["eval_ledger"] = asdict(ledger)
     return train, test, ledgers
+
+
+_CLOSED = 0.99  # of the examples at least teach the model to end its answers
+
+
+def _check_closed(ledger: Ledger, contract: PromptContract, path: str) -> None:
+    """Raise DataError if too few examples teach the token that ends an answer: the model would go on and on."""
+    whole = ledger.used - ledger.cut
+    if ledger.unclosed <= (1 - _CLOSED) * whole:
+        return
+    names = " or ".join(str(name) for name in contract.tokenizer.convert_ids_to_tokens(list(contract.stop_ids)))
+    raise DataError(
+        f"{path}: only {1 - ledger.unclosed / whole:.1%} of {whole} examples teach the token that ends an answer ({names})",
+        "the model would never stop; a token that pads as well as ends must be masked by its place, not by its id",
+    )
