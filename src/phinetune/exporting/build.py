@@ -53,6 +53,42 @@ def builder_options(config: ExportConfig, trust_remote_code: bool = False, prefi
     return {name: _as_text(value) for name, value in (options | (config.extra_options or {})).items()}
 
 
+def option_words(config: ExportConfig, trust_remote_code: bool = False) -> list[str]:
+    """`builder_options` for the installed builder, as its command line takes them.
+
+    Caches of sliding windows are as long as the conversation: those that the runtime cuts to the window fail for prompts and limits of
+    many lengths (0.18).
+    """
+    builder = installed_builder()
+    usual = {"windowed_kv_cache": "false"} if "windowed_kv_cache" in builder.options else {}
+    return [f"{k}={v}" for k, v in (usual | builder_options(config, trust_remote_code, builder.prefix)).items()]
+
+
+def keep_window(folder: Path, model_config: Any) -> None:
+    """Give the attention of the graph in `folder` the sliding window of the model, a transformers config, where all its layers have one.
+
+    The builder does so only for models whose config tells the kinds of their layers; Phi-3's and Mistral's do not.
+    """
+    import onnx
+
+    text = model_config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    if not window or getattr(text, "layer_types", None) is not None:
+        return
+    file = folder / "model.onnx"
+    model = onnx.load(str(file), load_external_data=False)
+    unbounded = [
+        attribute
+        for node in model.graph.node
+        for attribute in node.attribute
+        if node.op_type == "GroupQueryAttention" and attribute.name == "local_window_size" and attribute.i <= 0
+    ]
+    for attribute in unbounded:
+        attribute.i = int(window)
+    if unbounded:
+        onnx.save(model, str(file))
+
+
 def _as_text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -74,10 +110,7 @@ def build_onnx(
     `source` is a plain Hugging Face folder; nothing is fetched from anywhere.
     """
     check_builder()
-    options = [
-        f"{key}={value}"
-        for key, value in builder_options(config, trust_remote_code, installed_builder().prefix).items()
-    ]
+    options = option_words(config, trust_remote_code)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
     with tempfile.TemporaryDirectory(prefix="phinetune-build-", dir=target.parent) as scratch:
         command = [

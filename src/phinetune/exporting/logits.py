@@ -28,6 +28,14 @@ def switch_point(model_config: dict[str, Any]) -> int | None:
     return int(original)
 
 
+def window_of(model_config: Any) -> int | None:
+    """Tokens that an attention of a model (its transformers config) sees at most, if that is less than its whole context."""
+    text = model_config.get_text_config()
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    bounded = kinds is None or "sliding_attention" in kinds
+    return int(window) if window and bounded and window < text.max_position_embeddings else None
+
+
 def prompt_of(contract: PromptContract, length: int) -> list[int]:
     """A prompt of `length` tokens, out of the contract's probes."""
     ids = [i for probe in contract.probes for i in probe.ids]
@@ -44,10 +52,16 @@ def torch_logits(model: Any, rows: Sequence[Sequence[int]]) -> Any:
 
 
 def onnx_logits(generator: OnnxGenerator, rows: Sequence[Sequence[int]]) -> Any:
-    """`torch_logits` of an exported model, by ONNX Runtime GenAI."""
+    """`torch_logits` of an exported model, by ONNX Runtime GenAI. Raises ExportError for a prompt that it refuses."""
     import torch
 
-    return torch.stack([torch.from_numpy(generator.logits(row)) for row in rows])
+    found = []
+    for row in rows:
+        try:
+            found.append(torch.from_numpy(generator.logits(row)))
+        except RuntimeError as error:
+            raise ExportError(f"ONNX Runtime refuses a prompt of {len(row)} tokens: {first_line(error)}") from error
+    return torch.stack(found)
 
 
 def outputs_distance(folder: Path, contract: PromptContract, model: Any) -> float:

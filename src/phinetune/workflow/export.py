@@ -15,7 +15,7 @@ from phinetune.data.messages import parse_data_config
 from phinetune.data.sources import data_source
 from phinetune.errors import DataError, ExportError
 from phinetune.events import Event, Note, OnEvent, log_event
-from phinetune.exporting.build import build_onnx, check_builder
+from phinetune.exporting.build import build_onnx, check_builder, keep_window
 from phinetune.exporting.config import ExportConfig
 from phinetune.exporting.options import architecture_problem, check_options, installed_builder
 from phinetune.generation.load import adapter_base, find
@@ -33,7 +33,7 @@ from phinetune.workflow.survival import Reference, check_answers, check_weights,
 from phinetune.workflow.tune import first_that_keeps, in_order_of_speed, write_threads
 
 _TRAINING_PROMPTS = 200  # prompts of the training whose token ids are compared with ONNX Runtime's
-_VERSION = 3  # of what is built for a config; one more when a default changes
+_VERSION = 4  # of what is built for a config; one more when a default changes
 
 
 def parse_export_config(config: dict[str, Any] | ExportConfig | None) -> ExportConfig:
@@ -234,10 +234,11 @@ def build_verified(
 ) -> dict[str, Any]:
     """Build the plain model `source` into `folder`, put its contract (its own, if none is given) in, verify; returns what was verified."""
     from phinetune.exporting.verify import verify, write_contract
-    from phinetune.model.load import load_base_contract
+    from phinetune.model.load import load_base_contract, read_model_config
 
     contract = contract or load_base_contract(source, trust_remote_code)
     build_onnx(source, folder, config, trust_remote_code, on_event)
+    keep_window(folder, read_model_config(source, trust_remote_code))
     write_contract(folder, contract, config.search)
     verified = verify(folder, config, contract, training_probes(made_from, contract), on_event)
     if verified["prompts_compared"]:  # else it does not load on this machine

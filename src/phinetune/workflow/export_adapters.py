@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from phinetune.lora.adapter import SavedAdapter
     from phinetune.model.grid import Grid
 
-_VERSION = 1
+_VERSION = 2
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LIKENESS = (0.1, 0.5)
 """Cosine between what an adapter does to a quantized model's logits and to torch's: refused below the first, warned of below the second.

@@ -1,4 +1,5 @@
-"""Are the exported model's logits torch's? Asserted at every export, on the contract's probes and on both sides of a long context.
+"""Are the exported model's logits torch's? Asserted at every export, on the contract's probes, on both sides of the switch between
+two lists of rotary factors, and beyond a sliding window.
 
 Floating point: the folder as it is, beside the model in float32. Integers: the graph beside the model with exactly the graph's weights,
 so that rounding is no excuse and only the arithmetic differs; for that the graph is run with activations in float32, and what rounding
@@ -44,6 +45,7 @@ def compare_with_torch(
     """
     import torch
 
+    from phinetune.exporting.logits import window_of
     from phinetune.exporting.verify import open_model
     from phinetune.model.load import LoadPlan, load_model
 
@@ -52,7 +54,8 @@ def compare_with_torch(
         return {"logits_not_compared": reason}
     model = load_model(source, LoadPlan(torch.float32, torch.device("cpu"), None, trust_remote_code))
     switch = _switch(source)
-    rows = [list(probe.ids) for probe in contract.probes] + _long_rows(contract, switch)
+    rows = [list(probe.ids) for probe in contract.probes]
+    rows += _long_rows(contract, switch, window_of(model.config), on_event)
     if not config.answers_prompts:
         return {"logits_distance": _outputs(folder, config, contract, model, on_event)}
     generator = OnnxGenerator(open_model(folder, config)[0], contract)
@@ -88,11 +91,15 @@ def _switch(source: Path) -> int | None:
     return switch_point(json.loads((source / "config.json").read_text(encoding="utf-8")))
 
 
-def _long_rows(contract: PromptContract, switch: int | None) -> list[list[int]]:
-    """Prompts of the last length for the short factors and of the first for the long ones."""
+def _long_rows(contract: PromptContract, switch: int | None, window: int | None, on_event: OnEvent) -> list[list[int]]:
+    """Prompts of the last length for the short factors and the first for the long ones, and one beyond the sliding window."""
     from phinetune.exporting.logits import prompt_of
 
-    return [] if switch is None or switch > _LONGEST else [prompt_of(contract, n) for n in (switch, switch + 1)]
+    lengths = [] if switch is None else [switch, switch + 1]
+    lengths += [] if window is None else [window + min(window // 2 + 1, 8)]
+    if long := [n for n in lengths if n > _LONGEST + 8]:
+        on_event(Note(f"export: logits of prompts above {min(long) - 1} tokens were not verified", warning=True))
+    return [prompt_of(contract, n) for n in lengths if n not in long and n <= contract.max_length]
 
 
 def _same_weights(
@@ -164,18 +171,20 @@ def _put_weights(source: Path, folder: Path, config: ExportConfig, model: Any) -
     from phinetune.workflow.quantize import parts_in
 
     graph, modules = GraphCodes(folder), dict(model.named_modules())
+    parts = parts_in(graph, source)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied, rounded = embedding.weight is head.weight, bool(read_graph(folder / "model.onnx").embeddings)
-    if tied and not rounded:  # the graph has the embedding a second time, in floating point
+    rounded = bool(read_graph(folder / "model.onnx").embeddings)
+    one = rounded and any(modules[module] is head for spans in parts.values() for module, _, _ in spans)
+    if embedding.weight is head.weight and not one:  # the graph has the embedding twice, once in floating point
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
     with torch.no_grad():
-        for product, spans in parts_in(graph, source).items():
+        if rounded and embedding.weight is not head.weight and config.grid is not None:
+            embedding.weight.copy_(quantize(embedding.weight, config.grid).dense())
+        for product, spans in parts.items():
             weight, at = graph.read(product).dense(), 0
             for module, start, stop in spans:
                 modules[module].weight[start:stop] = weight[at : at + stop - start]
                 at += stop - start
-        if rounded and not tied and config.grid is not None:
-            embedding.weight.copy_(quantize(embedding.weight, config.grid).dense())
 
 
 def _long_context(generator: OnnxGenerator, switch: int, on_event: OnEvent) -> dict[str, Any]:
@@ -184,11 +193,7 @@ def _long_context(generator: OnnxGenerator, switch: int, on_event: OnEvent) -> d
 
     from phinetune.exporting.logits import logits_over_switch
 
-    if switch > _LONGEST:
-        text = f"logits above {switch} tokens, where this model's rotary factors change, were not verified"
-        on_event(Note(f"export: {text}", warning=True))
-        return {"long_context": text}
-    if switch + 4 > generator.contract.max_length:
+    if switch > _LONGEST or switch + 4 > generator.contract.max_length:
         return {}
     grown, whole = (torch.from_numpy(logits) for logits in logits_over_switch(generator, switch))
     share = _share(grown, whole)

@@ -163,7 +163,7 @@ def read_examples(
 ) -> tuple[Examples, Examples, dict[str, Any]]:
     """(train, held out, ledgers for the manifest); what became of the rows is said."""
     train, test, ledger = load_examples(asked.data, contract, on_event)
-    _check_closed(ledger, contract, asked.data.path)
+    check_closed(ledger, contract, asked.data.path)
     for line in ledger.lines():
         on_event(Note(line))
     ledgers = {"ledger": asdict(ledger)}
@@ -186,7 +186,7 @@ def read_examples(
 _CLOSED = 0.99  # of the examples at least teach the model to end its answers
 
 
-def _check_closed(ledger: Ledger, contract: PromptContract, path: str) -> None:
+def check_closed(ledger: Ledger, contract: PromptContract, path: str) -> None:
     """Raise DataError if too few examples teach the token that ends an answer: the model would go on and on."""
     whole = ledger.used - ledger.cut
     if ledger.unclosed <= (1 - _CLOSED) * whole:
