@@ -11,6 +11,7 @@ import torch
 import phinetune
 from phinetune.errors import AdapterError, ExportError, ModelError
 from phinetune.evaluation.metrics import exact_match, wilson_interval
+from phinetune.exporting.prompts import TEXTS
 from phinetune.generation.load import load_generator
 from phinetune.generation.protocol import Sampling, stream_text
 from phinetune.generation.torch_backend import TorchGenerator, choose
@@ -112,7 +113,7 @@ def test_the_export_compared_the_prompts_of_the_training(stages: dict[str, Path]
     from phinetune.workflow.export import training_probes
 
     manifest, contract = read_manifest(stages["int4"]), load_contract(stages["int4"])
-    assert manifest["verified"]["prompts_compared"] == len(contract.probes) + 40
+    assert manifest["verified"]["prompts_compared"] == len(contract.probes) + 40 + len(TEXTS) + 1
     probes = training_probes(manifest, contract)
     assert len(probes) == 40 and "phrase number 0" in probes[0].text
     assert training_probes({**manifest, "data_sha256": "of another file"}, contract) == []

@@ -4,6 +4,7 @@ of a switch of rotary factors and of a sliding window, compute what torch comput
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +23,12 @@ from phinetune.data.messages import parse_data_config
 from phinetune.errors import DataError, ExportError
 from phinetune.events import Note
 from phinetune.exporting.config import ExportConfig
-from phinetune.exporting.prompts import TEXTS, template_problems, text_probes, token_problems
+from phinetune.exporting.prompts import TEXTS, settle_tokenizer, template_problems, text_probes, token_problems
 from phinetune.exporting.verify import verify
 from phinetune.generation.onnx_backend import load_onnx, onnx_runtime
 from phinetune.model.contract import Probe, load_contract
 from phinetune.model.load import load_base_contract
-from tiny import PROMPT, tiny_folder, tone_rows, write_rows
+from tiny import PHI_TEMPLATE, PROMPT, tiny_folder, tone_rows, write_rows
 
 pytestmark = pytest.mark.usefixtures("builder_here")
 INT4 = ExportConfig(algorithm="default")
@@ -150,6 +151,56 @@ def test_a_template_that_can_think_does_not_in_the_exported_folder_either(tmp_pa
     (folder / "chat_template.jinja").write_text(THINKING)  # as it came with the model
     with pytest.raises(ExportError, match=r"chat template .* differs .*'' instead of '<think>"):
         verify(folder, INT4, contract)
+
+
+def sentencepiece_folder(folder: Path, pieces: list[str]) -> Path:
+    """A tiny model whose tokenizer is of Llama's kind: blanks are ▁, bytes for what has no piece, one blank before a text at most."""
+    from transformers import LlamaTokenizer
+
+    tiny_folder(folder)
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁"]
+    merges = []
+    for piece in pieces:
+        words += [c for c in piece if c not in words]
+        for i in range(2, len(piece) + 1):
+            if piece[:i] not in words:
+                words.append(piece[:i])
+                merges.append((piece[: i - 1], piece[i - 1]))
+    tokenizer = LlamaTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=merges, bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>", pad_token="</s>", legacy=False,
+    )  # fmt: skip
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    tokenizer.chat_template = PHI_TEMPLATE
+    assert len(tokenizer) <= 320
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def test_a_tokenizer_that_the_runtime_misreads_is_written_in_another_form(tmp_path: Path) -> None:
+    """The runtime gives each word after a special token a blank; in the form that is written it does not."""
+    source = sentencepiece_folder(tmp_path / "model", ["▁the", "▁tone", "Hell", "▁is"])
+    result = export(source, tmp_path / "onnx", algorithm="default")
+    assert "not_verified" not in result.manifest["verified"]
+    written = json.loads((result.folder / "tokenizer.json").read_text())
+    assert written["normalizer"]["type"] == "Replace" and written["pre_tokenizer"]["type"] == "Split"
+    contract, tokenizer = load_contract(result.folder), onnx_runtime().Tokenizer(str(result.folder))
+    assert token_problems(tokenizer, contract, ()) == []
+    contract.save(result.folder)  # as it came with the model
+    (problem,) = token_problems(onnx_runtime().Tokenizer(str(result.folder)), contract, ())
+    assert "at token 1 of" in problem or "at token 2 of" in problem
+    assert settle_tokenizer(result.folder, contract) and not settle_tokenizer(result.folder, contract)
+
+
+def test_a_tokenizer_for_which_no_form_helps_stays_as_it_is(tmp_path: Path) -> None:
+    source = sentencepiece_folder(tmp_path / "model", ["t▁t", "▁the"])  # a piece across a blank
+    text = (source / "tokenizer.json").read_text()
+    with pytest.raises(ExportError, match="ONNX Runtime's tokenizer differs"):
+        export(source, tmp_path / "onnx", algorithm="default")
+    folder = Path(shutil.copytree(source, tmp_path / "copy"))
+    shutil.copy(export(tiny_folder(tmp_path / "other"), tmp_path / "o").folder / "genai_config.json", folder)
+    assert not settle_tokenizer(folder, load_base_contract(source))
+    assert (folder / "tokenizer.json").read_text() == text
 
 
 # A token that pads as well as stops

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from phinetune.generation.onnx_backend import onnx_runtime
 from phinetune.model.contract import Probe, PromptContract
 
 TEXTS = (
@@ -86,6 +88,35 @@ def template_problems(tokenizer: Any, contract: PromptContract) -> tuple[list[st
                 f"{expected[:60]!r}: {found[at : at + 20]!r} instead of {expected[at : at + 20]!r}"
             ], []
     return [], []
+
+
+def settle_tokenizer(folder: Path, contract: PromptContract) -> bool:
+    """Write the tokenizer of an exported folder in a form that ONNX Runtime reads as it is meant, if it does not as it stands; whether so.
+
+    It puts a blank after every special token of a tokenizer with Metaspace, whatever `prepend_scheme` says; blanks replaced by a
+    normalizer are the same to tokenizers for texts that begin with a special token.
+    """
+    file = folder / "tokenizer.json"
+    text = file.read_text(encoding="utf-8") if file.is_file() else "{}"
+    values = json.loads(text)
+    before = values.get("pre_tokenizer") or {}
+    if before.get("type") != "Metaspace" or before.get("prepend_scheme") == "always" or values.get("normalizer"):
+        return False
+    blank = {"String": " "}
+    replaced = {
+        "normalizer": {"type": "Replace", "pattern": blank, "content": before.get("replacement", "▁")},
+        "pre_tokenizer": {"type": "Split", "pattern": blank, "behavior": "MergedWithPrevious", "invert": False},
+    }
+    try:
+        if not token_problems(onnx_runtime().Tokenizer(str(folder)), contract, ()):
+            return False
+        file.write_text(json.dumps(values | replaced, ensure_ascii=False), encoding="utf-8")
+        if not token_problems(onnx_runtime().Tokenizer(str(folder)), contract, ()):
+            return True
+    except (RuntimeError, TypeError):  # what it cannot read is found, and said, when the folder is verified
+        pass
+    file.write_text(text, encoding="utf-8")
+    return False
 
 
 def _first_difference(found: Sequence[Any], expected: Sequence[Any]) -> int:

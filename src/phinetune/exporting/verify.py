@@ -16,7 +16,7 @@ from phinetune.errors import ExportError
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.exporting.config import ExportConfig
 from phinetune.exporting.graph import graph_problems, read_graph
-from phinetune.exporting.prompts import TEXTS, template_problems, token_problems
+from phinetune.exporting.prompts import TEXTS, settle_tokenizer, template_problems, token_problems
 from phinetune.generation.onnx_backend import OnnxGenerator, onnx_runtime, open_folder
 from phinetune.model.contract import Probe, PromptContract
 
@@ -46,6 +46,7 @@ def write_contract(folder: Path, contract: PromptContract, search: dict[str, Any
         tokenizer.get("tokenizer_class") == "TokenizersBackend"
     ):  # transformers 5's name, which older runtimes do not know
         write_json(tokenizer_file, {**tokenizer, "tokenizer_class": "PreTrainedTokenizerFast"})
+    settle_tokenizer(folder, contract)
 
 
 def verify(
