@@ -22,7 +22,7 @@ from phinetune.lora.layer import lora_layers
 from phinetune.model.contract import load_contract
 from phinetune.model.load import LoadPlan, load_model
 from phinetune.workflow.export import parse_export_config
-from phinetune.workflow.quantize import calibration_rows, parts_in
+from phinetune.workflow.quantize import calibration_examples, parts_in
 from tiny import PROMPT, tiny_folder, tone_rows, write_rows
 
 pytestmark = pytest.mark.usefixtures("builder_here")
@@ -56,7 +56,7 @@ def distance(onnx: Path, model: Any) -> float:
 def expect_codes(source: Path, folder: Path, config: ExportConfig, way: Any) -> None:
     """The graph holds the codes that `way` gives here, and its logits are torch's with their values."""
     assert config.grid is not None
-    rows = calibration_rows(config, {}, load_contract(folder)) if way != "default" else ()
+    rows = calibration_examples(config, {}, load_contract(folder)).rows if way != "default" else ()
     ours, graph, model = codes_of(source, way, config.grid, rows), GraphCodes(folder), plain(source)
     parts = parts_in(graph, source)
     assert set(parts) == set(graph.stored)
@@ -81,6 +81,17 @@ def test_every_way_for_every_architecture(source: Path, way: str, tmp_path: Path
     assert taken == {"auto": "gptq"}.get(way, way)
     expect_codes(source, result.folder, parse_export_config(values), taken)
     assert len(next(iter(load_onnx(result.folder).complete([[5, 6, 7]], 4))).ids) > 0
+
+
+def test_a_mixture_of_bits_for_every_architecture(source: Path, tmp_path: Path, rows_file: Path) -> None:
+    """That its logits are torch's with these integers is asserted by the export."""
+    data = {"path": str(rows_file), **PROMPT}
+    result = phinetune.export(
+        str(source), tmp_path / "onnx", {"algorithm": "mixed", "calibration_data": data, "size_budget": 1.3}
+    )
+    graph = GraphCodes(result.folder)
+    assert result.manifest["survival"]["way"] == "mixed" and result.manifest["survival"]["raised"]
+    assert {stored.grid.bits for stored in graph.stored.values()} == {4, 8}
 
 
 def test_eight_bits_for_every_architecture(source: Path, tmp_path: Path) -> None:

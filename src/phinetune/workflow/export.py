@@ -60,8 +60,8 @@ def export(
 
     Verified means: the graph shows every option that was asked for, the folder loads and answers, its tokenizer gives the ids that
     training used and its chat template the prompts, it stops where the model was trained to stop; its logits are torch's (see
-    `workflow.parity`). What could not be verified is said. Raises ConfigError for options that cannot be, before anything is built; ExportError for a folder that is not what was asked
-    for, and leaves nothing.
+    `workflow.parity`). What could not be verified is said. Raises ConfigError for options that cannot be, before anything is built;
+    ExportError for a model that is not built, and for a folder that is not what was asked for, and leaves nothing.
     """
     if adapters:
         from phinetune.workflow.export_adapters import export_adapters

@@ -74,11 +74,11 @@ def export_beside(
     from phinetune.workflow.export_adapters import factors_of
 
     manifest, contract = read_manifest(adapter), adapter_contract(adapter, base, trust_remote_code)
-    build_verified(base, folder, config, manifest, trust_remote_code, on_event, contract)
+    verified = build_verified(base, folder, config, manifest, trust_remote_code, on_event, contract)
     check_codes(base, folder, config)
     factors = factors_of(read_adapter(adapter), base, folder)
     add_constants(folder / "model.onnx", factors)
-    verified = verify(folder, config, contract, training_probes(manifest, contract), lambda event: None)
+    verified |= verify(folder, config, contract, training_probes(manifest, contract), lambda event: None)
     on_event(
         Note(
             f"export: the base's integers are those of the training; {len(factors) // 2} products have the adapter beside them"
