@@ -21,21 +21,9 @@ from phinetune.exporting.sensitivity import choose_raised, divergences
 from phinetune.exporting.verify import run_graph
 from phinetune.exporting.ways import codes_of
 from phinetune.model.grid import Grid, quantize
-from phinetune.model.load import LoadPlan, load_model
-from phinetune.workflow.quantize import Calibration, parts_in, put_codes
+from phinetune.workflow.quantize import parts_in, put_codes
+from test_codes import EXAMPLES, IDS, ROWS, no_one, plain
 from tiny import tiny_folder
-
-IDS = [1, 7, 42, 100, 5, 200, 3, 9]
-ROWS = [[(7 * i + 3 * j) % 300 + 1 for j in range(5 + i % 9)] for i in range(24)]
-EXAMPLES = Calibration(ROWS, [3] * len(ROWS))
-
-
-def no_one(event: Any) -> None:
-    pass
-
-
-def plain(folder: Path) -> Any:
-    return load_model(folder, LoadPlan(torch.float32, torch.device("cpu"), None, False)).eval()
 
 
 def said(model: Any, rows: list[list[int]], start: int) -> torch.Tensor:
