@@ -73,14 +73,14 @@ def llama_cpp_engine(file: str, threads: int, context: int) -> Engine:
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
     options = llama_cpp.llama_context_default_params()
-    options.n_ctx, options.n_batch, options.n_ubatch = context, 512, 512
+    options.n_ctx, options.n_batch, options.n_ubatch = -(-context // 256) * 256, 512, 512  # in blocks of its own
     options.n_threads = options.n_threads_batch = threads
     state = llama_cpp.llama_init_from_model(model, options)
     size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
     def following(ids: list[int]) -> int:
-        batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(ids))(*ids), len(ids))
-        if llama_cpp.llama_decode(state, batch):
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)  # the batch points into it
+        if llama_cpp.llama_decode(state, llama_cpp.llama_batch_get_one(tokens, len(ids))):
             raise RuntimeError("llama.cpp could not decode")
         return int(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(state, -1), shape=(size,)).argmax())
 

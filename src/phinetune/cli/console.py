@@ -21,7 +21,15 @@ from rich.table import Table
 from rich.text import Text
 
 from phinetune.errors import PhinetuneError
-from phinetune.evaluation.columns import COLUMNS, cell_text, metric_name, number_text, pairs_text, size_text
+from phinetune.evaluation.columns import (
+    COLUMNS,
+    cell_text,
+    metric_name,
+    number_text,
+    pairs_text,
+    shown_columns,
+    size_text,
+)
 from phinetune.evaluation.measurements import measurements
 from phinetune.evaluation.results import StageResult
 from phinetune.events import Event, Note, Progress
@@ -127,7 +135,8 @@ def comparison_table(stages: list[StageResult]) -> Table:
     metric = metric_name(stages[0].metric)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("stage", vertical="bottom", max_width=24, overflow="fold")
-    for name in (metric, "of", "95 % interval", *COLUMNS.values()):
+    columns = shown_columns(s.metrics for s in stages)
+    for name in (metric, "of", "95 % interval", *columns.values()):
         table.add_column(_on_two_lines(name), justify="right", vertical="bottom")
     for s in stages:
         table.add_row(
@@ -135,7 +144,7 @@ def comparison_table(stages: list[StageResult]) -> Table:
             f"{s.value:.1%}",
             f"{s.correct}/{s.count}",
             f"{s.interval[0]:.1%} - {s.interval[1]:.1%}",
-            *(cell_text(name, s.metrics.get(name)) for name in COLUMNS),
+            *(cell_text(name, s.metrics.get(name)) for name in columns),
         )
     return table
 

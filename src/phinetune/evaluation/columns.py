@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from phinetune.evaluation.measurements import measurements
 from phinetune.evaluation.pairs import Pairs
 
@@ -15,6 +17,12 @@ COLUMNS = {
 }
 """The columns of a comparison beside the metric and its interval: measurement and head."""
 NONE = "–"
+
+
+def shown_columns(rows: Iterable[Mapping[str, object]]) -> dict[str, str]:
+    """Those of `COLUMNS` that any of the rows' metrics has, or has a reason for not having."""
+    asked = {name for metrics in rows for name in metrics}
+    return {name: head for name, head in COLUMNS.items() if name in asked}
 
 
 def cell_text(name: str, value: float | None) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.artifact import disk_errors
-from phinetune.evaluation.columns import COLUMNS, NONE, cell_text, metric_name, pairs_text, size_text
+from phinetune.evaluation.columns import COLUMNS, NONE, cell_text, metric_name, pairs_text, shown_columns, size_text
 from phinetune.evaluation.measurements import measurements
 from phinetune.evaluation.pairs import Pairs
 from phinetune.evaluation.report_style import STYLE
@@ -111,14 +111,15 @@ def _scale(edges: Sequence[float]) -> tuple[float, float]:
 
 def _table(stages: Sequence[dict[str, Any]], metric: str, reference: str) -> str:
     """A row a stage; on a phone, a card."""
-    heads = [metric, "95 % interval", f"against {reference}", *COLUMNS.values(), "made in"]
+    columns = shown_columns(s["metrics"] for s in stages)
+    heads = [metric, "95 % interval", f"against {reference}", *columns.values(), "made in"]
     rows = []
     for s in stages:
         cells = [
             f"<strong>{s['value']:.1%}</strong> <small>{s['correct']}/{s['count']}</small>",
             f"{s['interval'][0]:.1%} to {s['interval'][1]:.1%}",
             escape(pairs_text(s["against"] and Pairs(**s["against"]))).replace("lost, ", "lost,<br>"),
-            *(escape(cell_text(name, s["metrics"][name])) for name in COLUMNS),
+            *(escape(cell_text(name, s["metrics"][name])) for name in columns),
             f"{s['seconds_made']:.0f} s" if s["seconds_made"] else NONE,
         ]
         named = "".join(
@@ -132,13 +133,17 @@ def _table(stages: Sequence[dict[str, Any]], metric: str, reference: str) -> str
 
 def _footnotes(record: dict[str, Any]) -> str:
     """Why a number is missing, and what the columns mean."""
-    known = measurements()
+    known, asked = measurements(), shown_columns(s["metrics"] for s in record["stages"])
     gone = [
         f"{s['stage']}, {COLUMNS.get(name, name)}: {why}"
         for s in record["stages"]
         for name, why in s["missing"].items()
     ]
-    meant = [f"{COLUMNS[name]}: {known[name].meaning}" for name in ("perplexity", "stop_rate", "size", "memory")]
+    meant = [
+        f"{COLUMNS[name]}: {known[name].meaning}"
+        for name in ("perplexity", "stop_rate", "size", "memory")
+        if name in asked
+    ]
     timed = (
         f"prefill: {known['prefill_p50'].meaning}; decode: tokens after it over the time they took; medians of "
         f"{record['effort']['repeats']} answers, one prompt at a time"

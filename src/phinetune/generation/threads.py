@@ -19,7 +19,7 @@ from typing import Any
 from phinetune.artifact import content_key
 from phinetune.model.compute import keep_measured, processor_name, read_measured, usable_cpus
 
-_PROMPT, _ANSWER, _ROUNDS = 64, 16, 5
+_PROMPT, _ANSWER, _ROUNDS = 64, 16, 3
 _WORTH = 0.97
 """More threads must take this share of the time at most."""
 _UNDISTURBED = 0.9

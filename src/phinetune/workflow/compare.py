@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def compare(
     base_model: str | None = None,
     model_kwargs: dict[str, Any] | None = None,
     overwrite: bool = False,
+    numbers: Sequence[str] = NUMBERS,
     on_event: OnEvent = log_event,
 ) -> Comparison:
     """Ask all `models` the same examples and put their numbers side by side; write results.json and report.html into `output_dir`.
@@ -65,7 +66,8 @@ def compare(
     models: a list of folders, hub ids and embedded names, or stage names and these. data, split: as for `evaluate`; without them, what the
     first model of the list that was trained here was trained on. metric: a metric of one answer. warmup, repeats: answers before the timed
     ones, and timed ones. reference: the stage that the others are held against, by default the adapter, else the first. base_model: for
-    adapters, another place of their base model. model_kwargs: for the models that are not ONNX. Raises one PhinetuneError with everything
+    adapters, another place of their base model. model_kwargs: for the models that are not ONNX. numbers: fewer than `NUMBERS`, where time
+    counts. Raises one PhinetuneError with everything
     that the user can mend, before any model is loaded where that can be known.
     """
     started = time.perf_counter()
@@ -80,7 +82,7 @@ def compare(
         heard(Note(text, warning=True))
     stages, scores = [], {}
     for name, subject in subjects.by_name.items():
-        row, scores[name] = _measured(name, subject, metric, effort, no_memory, heard)
+        row, scores[name] = _measured(name, subject, (metric, *numbers), effort, no_memory, heard)
         stages.append(row)
         interval = f"{row.interval[0]:.1%} to {row.interval[1]:.1%}"
         heard(Note(f"{name}: {row.value:.1%} {metric} ({row.correct} of {row.count}, {interval})"))
@@ -114,11 +116,10 @@ def _why_no_memory(on_event: OnEvent) -> str:
 
 
 def _measured(
-    name: str, subject: Subject, metric: str, effort: Effort, no_memory: str, on_event: OnEvent
+    name: str, subject: Subject, names: Sequence[str], effort: Effort, no_memory: str, on_event: OnEvent
 ) -> tuple[StageResult, list[float]]:
-    """The stage's row, and what its answers scored one by one."""
-    started = time.perf_counter()
-    names = (metric, *NUMBERS)
+    """The stage's row, and what its answers scored one by one by the first of `names`, its metric."""
+    started, metric = time.perf_counter(), names[0]
     evidence, score = gather_from(subject, names, effort, on_event, stage=name)
     if score is None:
         raise RuntimeError("no answers were scored")

@@ -13,7 +13,7 @@ from phinetune.exporting.build import check_builder
 from phinetune.generation.load import load_generator
 from phinetune.generation.protocol import Generator
 from phinetune.model.folder import resolve_model
-from phinetune.workflow.compare import Comparison, compare, write_comparison
+from phinetune.workflow.compare import NUMBERS, Comparison, compare, write_comparison
 from phinetune.workflow.export import export
 from phinetune.workflow.finetune import finetune
 from phinetune.workflow.merge import merge
@@ -24,7 +24,7 @@ UNSEEN = (
     "Something heavy is dragging itself along the corridor, and the handle is turning.",
 )
 """Three phrases that are in no data set of ours."""
-_TIMED = 5  # answers of each stage: enough for a median, and soon done
+_TIMED = 4  # answers of each stage: enough for a median, and soon done
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,11 @@ def quickstart(
     )
     stages = {"base": model, "adapter": adapter.folder, "merged": merged.folder, "ONNX int4": onnx.folder}
     found = compare(
-        {name: str(place) for name, place in stages.items()}, split="test", repeats=_TIMED, on_event=on_event
+        {name: str(place) for name, place in stages.items()},
+        split="test",
+        repeats=_TIMED,
+        numbers=[n for n in NUMBERS if n != "perplexity"],  # half a minute more
+        on_event=on_event,
     )
     shipped = load_generator(str(onnx.folder), on_event=lambda event: None)
     answers = [(phrase, _answer(shipped, phrase)) for phrase in UNSEEN]
