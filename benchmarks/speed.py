@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -228,9 +229,8 @@ def main() -> None:
                 flush=True,
             )
     result = summary(rounds)
-    versions = {
-        n: importlib.metadata.version(n) for n in ("llama-cpp-python", "onnxruntime-genai", "onnxruntime") if _has(n)
-    }
+    engines = ("llama-cpp-python", "onnxruntime-genai", "onnxruntime")
+    versions = {d.name: d.version for d in metadata.distributions() if d.name in engines}
     setting = {"model": a.model, "prompt": a.prompt, "answer": a.answer, "threads": threads}
     RESULTS.write_text(
         json.dumps({**setting, **result, **about(), "engines_versions": versions}, indent=2) + "\n", encoding="utf-8"
@@ -240,16 +240,6 @@ def main() -> None:
     for ours, others in result["ratios"].items():
         for name, ratio in others.items():
             print(f"{ours} against {name}: prefill {ratio['prefill']:.2f} x, decode {ratio['decode']:.2f} x")
-
-
-def _has(package: str) -> bool:
-    import importlib.metadata
-
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -89,3 +89,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`, did you mean "x"?` for the nearest known word, or the empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f', did you mean "{near[0]}"?' if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign exception says, in one line; its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -39,3 +39,7 @@ def log_event(event: Event) -> None:
     """The default listener: notes to the log, progress nowhere."""
     if isinstance(event, Note):
         _log.log(logging.WARNING if event.warning else logging.INFO, event.text)
+
+
+def nobody(event: Event) -> None:
+    """Listens to what has been said already, and says nothing."""

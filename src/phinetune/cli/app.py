@@ -14,7 +14,20 @@ import typer
 
 from phinetune import __version__
 from phinetune.cli.compare import compare
-from phinetune.cli.flags import BaseModel, Completion, ConfigFile, Data, Model, Output, Overwrite, Prompt, Quiet, Set
+from phinetune.cli.flags import (
+    BaseModel,
+    Completion,
+    ConfigFile,
+    Data,
+    MaxNewTokens,
+    Model,
+    Output,
+    Overwrite,
+    Prompt,
+    Quiet,
+    Set,
+    Split,
+)
 from phinetune.cli.info import info
 from phinetune.cli.plan import Seed, TestFraction, plan
 from phinetune.cli.run import migrate, run_file
@@ -120,19 +133,11 @@ def evaluate(
     data: Data = None,
     prompt: Prompt = None,
     completion: Completion = None,
-    split: Annotated[
-        str | None,
-        typer.Option(help="Which examples: test (held out), train or all (default: test).", show_default=False),
-    ] = None,
+    split: Split = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="File for the result as JSON.", show_default=False)
     ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Longest answer, in tokens (default: half as much again as the longest reference).", show_default=False
-        ),
-    ] = None,
+    max_new_tokens: MaxNewTokens = None,
     metrics: Annotated[
         str | None,
         typer.Option(

@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from phinetune.cli.flags import BaseModel, Completion, ConfigFile, Data, Overwrite, Prompt, Quiet, Set
+from phinetune.cli.flags import (
+    BaseModel,
+    Completion,
+    ConfigFile,
+    Data,
+    MaxNewTokens,
+    Overwrite,
+    Prompt,
+    Quiet,
+    Set,
+    Split,
+)
 
 
 def compare(
@@ -22,22 +33,14 @@ def compare(
     data: Data = None,
     prompt: Prompt = None,
     completion: Completion = None,
-    split: Annotated[
-        str | None,
-        typer.Option(help="Which examples: test (held out), train or all (default: test).", show_default=False),
-    ] = None,
+    split: Split = None,
     metric: Annotated[
         str | None, typer.Option(help="A metric of one answer (default: exact_match).", show_default=False)
     ] = None,
     max_examples: Annotated[
         int | None, typer.Option(help="At most so many examples, evenly spread.", show_default=False)
     ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Longest answer, in tokens (default: half as much again as the longest reference).", show_default=False
-        ),
-    ] = None,
+    max_new_tokens: MaxNewTokens = None,
     warmup: Annotated[
         int | None, typer.Option(help="Answers before the timed ones (default: 1).", show_default=False)
     ] = None,

@@ -58,3 +58,13 @@ BaseModel = Annotated[
     str | None,
     typer.Option("--base-model", help="Another place of the adapter's base model (same content).", show_default=False),
 ]
+Split = Annotated[
+    str | None,
+    typer.Option(help="Which examples: test (held out), train or all (default: test).", show_default=False),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Longest answer, in tokens (default: half as much again as the longest reference).", show_default=False
+    ),
+]

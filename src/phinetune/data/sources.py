@@ -20,7 +20,7 @@ from typing import Any
 from phinetune.artifact import cache_folder, content_key, disk_errors, file_hash, write_json
 from phinetune.data.messages import DataConfig
 from phinetune.data.records import BUNDLED, READERS, Record, data_file, read_records
-from phinetune.errors import DataError
+from phinetune.errors import DataError, first_line
 from phinetune.events import Note, OnEvent, log_event
 
 
@@ -103,9 +103,9 @@ def _load(name: str, config: DataConfig, **options: Any) -> Any:
     datasets.disable_progress_bars()
     try:
         found = datasets.load_dataset(name, config.subset, split=config.split, **options)
-    except Exception as error:
+    except Exception as error:  # whatever a foreign file or the network makes datasets raise
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        reason = first_line(cause)
         hub = "" if Path(name).is_dir() else "no such file here, and not to be had from the hub: "
         raise DataError(
             f"{config.path}{_part(config)}: {hub}{reason}", "check data.path, data.subset and data.split"
@@ -131,7 +131,7 @@ def _save(rows: Any, target: Path, config: DataConfig) -> None:
             rows.to_parquet(str(temporary))
             os.replace(temporary, target)
         except (ValueError, TypeError, NotImplementedError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise DataError(f"{config.path}: cannot be kept as Parquet: {reason}") from error
         finally:
             temporary.unlink(missing_ok=True)

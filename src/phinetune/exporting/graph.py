@@ -129,6 +129,17 @@ def _product(node: Any, makers: dict[str, Any], stored: dict[str, Any]) -> Produ
     )
 
 
+def set_accuracy_level(model: Any, level: int) -> None:
+    """Have the products of integers of an `onnx.ModelProto` compute with activations of `level` (see `ExportConfig.accuracy_level`)."""
+    from onnx import helper
+
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            others = [a for a in node.attribute if a.name != "accuracy_level"]
+            del node.attribute[:]
+            node.attribute.extend([*others, helper.make_attribute("accuracy_level", level)])
+
+
 def graph_problems(found: GraphFacts, config: ExportConfig) -> list[str]:
     """One line for each requested option that the graph does not show."""
     mixed, config = (

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phinetune.errors import ExportError
-from phinetune.exporting.verify import first_line, run_graph
+from phinetune.errors import ExportError, first_line
+from phinetune.exporting.graph import set_accuracy_level
+from phinetune.exporting.verify import run_graph
 from phinetune.generation.onnx_backend import OnnxGenerator, onnx_runtime
 from phinetune.model.contract import PromptContract
 
@@ -87,15 +88,10 @@ def exact_logits(folder: Path, contract: PromptContract, rows: Sequence[Sequence
     Raises ExportError if the runtime cannot load or run it.
     """
     import onnx
-    from onnx import helper
 
     og, file = onnx_runtime(), folder / "model.exact.onnx"
     model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
-    for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
-            others = [a for a in node.attribute if a.name != "accuracy_level"]
-            del node.attribute[:]
-            node.attribute.extend([*others, helper.make_attribute("accuracy_level", _FP32)])
+    set_accuracy_level(model, _FP32)
     try:
         onnx.save(model, str(file))
         settings = og.Config(str(folder))

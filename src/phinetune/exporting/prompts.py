@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from phinetune.errors import first_line
 from phinetune.generation.onnx_backend import onnx_runtime
 from phinetune.model.contract import Probe, PromptContract
 
@@ -78,8 +79,8 @@ def template_problems(tokenizer: Any, contract: PromptContract) -> tuple[list[st
         expected = contract.render(messages, add_generation_prompt=True)
         try:
             found = str(apply(json.dumps(messages), add_generation_prompt=True))
-        except Exception as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+        except RuntimeError as error:
+            reason = first_line(error)
             return [], [f"ONNX Runtime cannot apply the model's chat template ({reason}): give it prompts as text"]
         if found != expected:
             at = _first_difference(found, expected)

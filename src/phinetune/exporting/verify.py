@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.artifact import write_json
-from phinetune.errors import ExportError
+from phinetune.errors import ExportError, first_line
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.exporting.config import ExportConfig
 from phinetune.exporting.graph import graph_problems, read_graph
@@ -96,11 +96,6 @@ def verify(
     return facts | ({"not_verified": unsure} if unsure else {})
 
 
-def first_line(error: Exception) -> str:
-    """What the runtime says, without its stack."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
 def open_model(folder: Path, config: ExportConfig) -> tuple[Any, str]:
     """(`onnxruntime_genai.Model`, what is to be said about it): on its own provider, or on the CPU where this machine has not that one.
 
@@ -114,7 +109,7 @@ def open_model(folder: Path, config: ExportConfig) -> tuple[Any, str]:
         lacking = f"this machine's onnxruntime-genai has no {provider}: verified on the CPU"
     try:
         return open_folder(folder, providers=has_it), lacking
-    except Exception as error:
+    except RuntimeError as error:
         reason = first_line(error)
         if not has_it and _NO_KERNEL in reason:
             kernel = f"the CPU cannot run it either ({reason[:60]}...)"
@@ -150,7 +145,7 @@ def check_runs(generator: OnnxGenerator, folder: Path) -> None:
     probe = next((p for p in generator.contract.probes if p.ids), None)
     try:
         logits = generator.logits(probe.ids) if probe is not None else np.zeros(1)
-    except Exception as error:  # the runtime's own: a kernel that refuses these sizes
+    except RuntimeError as error:  # the runtime's: a kernel that refuses these sizes
         raise ExportError(f"{folder}: ONNX Runtime cannot run it: {first_line(error)}") from error
     if not np.isfinite(logits).all():
         raise ExportError(
@@ -165,7 +160,7 @@ def check_outputs(folder: Path, contract: PromptContract) -> None:
     probe = next((p for p in contract.probes if p.ids), Probe("", (0,)))
     try:
         outputs = run_graph(folder, probe.ids)
-    except Exception as error:
+    except Exception as error:  # onnxruntime's own have no base of theirs
         raise ExportError(f"{folder}: ONNX Runtime cannot run it: {first_line(error)}") from error
     if not all(np.isfinite(values).all() for values in outputs.values()):
         raise ExportError(

@@ -29,8 +29,6 @@ from phinetune.model.folder import stored_dtype
 from phinetune.model.grid import Codes, Grid, join, quantize
 
 Way = Literal["default", "searched", "gptq", "mixed"]
-OWN_WAYS: tuple[Way, ...] = ("searched", "gptq", "mixed")
-"""Ways that the builder does not know."""
 
 
 @torch.no_grad()

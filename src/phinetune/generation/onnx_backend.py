@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.data.examples import MASKED
-from phinetune.errors import AdapterError, ExportError, MissingPackageError, did_you_mean
+from phinetune.errors import AdapterError, ExportError, MissingPackageError, did_you_mean, first_line
 from phinetune.generation.protocol import Completion, LabelledIds, Prediction, Sampling, completion
 from phinetune.generation.threads import as_overlay, threads_for
 from phinetune.model.contract import PromptContract, load_contract
@@ -36,8 +36,8 @@ class OnnxAdapters:
             )
         try:
             self.held.load(str(self.files[name]), name)
-        except Exception as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+        except RuntimeError as error:
+            reason = first_line(error)
             raise AdapterError(
                 f"{self.files[name]}: ONNX Runtime cannot load it: {reason}", "export it again"
             ) from error
@@ -174,9 +174,9 @@ def load_onnx(folder: Path, adapter: str | None = None) -> OnnxGenerator:
     check_complete(folder)
     try:
         model = open_folder(folder)
-    except Exception as error:
+    except RuntimeError as error:
         raise ExportError(
-            f"{folder}: ONNX Runtime cannot load this model: {(str(error).strip() or repr(error)).splitlines()[0]}",
+            f"{folder}: ONNX Runtime cannot load this model: {first_line(error)}",
             "export it again",
         ) from error
     generator = OnnxGenerator(model, contract)

@@ -31,10 +31,13 @@ def threads_for(folder: Path) -> int | None:
     """The number for the exported model in `folder`; None where its own settings say it."""
     if _own_setting(folder):
         return None
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and int(asked) > 0:
-        return int(asked)
-    return int(read_measured(_key(folder)).get("threads") or usable_cpus())
+    return _asked() or int(read_measured(_key(folder)).get("threads") or usable_cpus())
+
+
+def _asked() -> int | None:
+    """The number that the environment asks for."""
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return int(text) if text.isdigit() and int(text) > 0 else None
 
 
 def as_overlay(threads: int) -> str:
@@ -46,8 +49,10 @@ def measure_threads(folder: Path, load: Callable[[int], Any]) -> dict[str, float
     """Number of threads -> seconds of a prompt with its answer, on the model that `load(threads)` gives; the best is remembered.
 
     load: an `onnxruntime_genai.Model`. Of several rounds the shortest counts. Measured anew only where nothing is remembered, and with
-    one processor not at all; nothing is remembered, and nothing returned, where other programs took processors away meanwhile.
+    one processor, or where the number is given, not at all; nothing is remembered, and nothing returned, where other programs took processors away meanwhile.
     """
+    if _asked() or _own_setting(folder):
+        return {}
     known, most = read_measured(_key(folder)).get("seconds"), usable_cpus()
     if isinstance(known, dict):
         return known
@@ -74,10 +79,9 @@ def answer_seconds(model: Any, threads: int) -> float | None:
 
 def _best(seconds: dict[str, float]) -> int:
     """The fewest threads that no larger number beats clearly."""
-    best = ""
-    for threads in sorted(seconds, key=int):
-        if not best or seconds[threads] < _WORTH * seconds[best]:
-            best = threads
+    best, *more = sorted(seconds, key=int)
+    for threads in more:
+        best = threads if seconds[threads] < _WORTH * seconds[best] else best
     return int(best)
 
 

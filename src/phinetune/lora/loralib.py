@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from phinetune.errors import AdapterError, ConfigError
+from phinetune.errors import AdapterError, ConfigError, first_line
 from phinetune.lora.layer import LoRALayer
 from phinetune.lora.peft_format import tensor_problem
 
@@ -63,7 +63,7 @@ def read_lora_state_dict(file: str | Path) -> dict[str, Tensor]:
             "save model.state_dict() or lora_state_dict(model), not the model itself",
         ) from None
     except Exception as error:  # whatever a damaged file makes torch raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise AdapterError(f"{path}: cut off or damaged: {reason}", "copy the file again") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise AdapterError(f"{path}: is not a state dict (names and tensors)")

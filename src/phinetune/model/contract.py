@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.artifact import write_json
-from phinetune.errors import ConfigError, ModelError
+from phinetune.errors import ConfigError, ModelError, first_line
 
 CONTRACT_FILE = "prompt_contract.json"
 
@@ -205,7 +205,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def load_contract(folder: Path, trust_remote_code: bool = False) -> PromptContract:

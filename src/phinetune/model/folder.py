@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phinetune.artifact import BUILDING, MANIFEST, cache_folder, content_key, file_hash, write_json
-from phinetune.errors import ModelError, OutputError, did_you_mean
+from phinetune.errors import ModelError, OutputError, did_you_mean, first_line
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.model.embedded import EMBEDDED, embedded_folder
 
@@ -78,7 +78,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _hub_error(name: str, error: Exception) -> ModelError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     return ModelError(
         f"{name}: no such folder here, and not to be had from the hub: {reason}",
         "give the path of a local model folder",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phinetune.errors import ConfigError, ModelError, did_you_mean
+from phinetune.errors import ConfigError, ModelError, did_you_mean, first_line
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.model.compute import bfloat16_speedup, default_device, default_dtype
 from phinetune.model.contract import PromptContract, load_contract, load_tokenizer, make_contract
@@ -209,9 +209,7 @@ def read_model_config(folder: Path, trust_remote_code: bool = False) -> Any:
 def _load_error(folder: Path, error: Exception) -> ModelError:
     remote = "trust_remote_code" in str(error)
     hint = "set model_kwargs.trust_remote_code=true if you trust the code in that folder" if remote else ""
-    return ModelError(
-        f"{folder}: the model cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}", hint
-    )
+    return ModelError(f"{folder}: the model cannot be loaded: {first_line(error)}", hint)
 
 
 def load_model(folder: Path, plan: LoadPlan) -> Any:

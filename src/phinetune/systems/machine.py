@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from phinetune.artifact import cache_folder, versions
-from phinetune.errors import OutputError
+from phinetune.errors import OutputError, first_line
 from phinetune.model.compute import available_memory, measured_speedup, processor_name
 
 _INSTRUCTION_SETS = {
@@ -237,4 +237,4 @@ def _free_disk(output: Path, missing: list[str]) -> dict[str, int]:
 
 
 def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first_line(error)

@@ -29,7 +29,7 @@ from phinetune.evaluation.measurements import Evidence, parse_metrics
 from phinetune.evaluation.memory import check_memory_can_be_measured, peak_memory
 from phinetune.evaluation.results import wrong_answers
 from phinetune.evaluation.score import Score, answer_limit
-from phinetune.events import Event, OnEvent, log_event
+from phinetune.events import OnEvent, log_event, nobody
 from phinetune.generation.load import find, find_contract, find_manifest, load_generator
 from phinetune.model.contract import PromptContract
 from phinetune.model.folder import Kind
@@ -150,7 +150,7 @@ def with_examples(
 ) -> Subject:
     """`subject` with its contract and the examples that `names` are about. Raises a PhinetuneError where they cannot be answered."""
     contract = find_contract(
-        subject.model, subject.model_kwargs, subject.base_model, _nobody
+        subject.model, subject.model_kwargs, subject.base_model, nobody
     )  # the loading says the same
     manifest = find_manifest(subject.model, subject.folder)
     part = choose_examples(data, split, manifest, contract, max_examples, on_event)
@@ -189,14 +189,10 @@ def peak_of(subject: Subject, names: Sequence[str], effort: Effort, on_event: On
         raise RuntimeError("the subject has no examples")
     needs, part = needed(names), subject.part
     gc.collect()  # two models at a time may be one too many
-    heard = _nobody if needs & {"answers", "clock"} else on_event
+    heard = nobody if needs & {"answers", "clock"} else on_event
     examples = answerable(part.examples, ["memory"], f"{part.config.path}, {part.split} part", heard)
     prompts = sorted(prompts_of(examples), key=len)[-_MEMORY_PROMPTS:]
     limit = effort.max_new_tokens or answer_limit(examples, subject.contract)
-    heard = _nobody if needs - {"files", "process"} else on_event
+    heard = nobody if needs - {"files", "process"} else on_event
     with working(on_event):
         return peak_memory(subject.model, prompts, limit, subject.model_kwargs, subject.base_model, heard)
-
-
-def _nobody(event: Event) -> None:
-    """Listens to what has been said already."""

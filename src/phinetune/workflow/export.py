@@ -14,7 +14,7 @@ from phinetune.data.examples import training_prompts
 from phinetune.data.messages import parse_data_config
 from phinetune.data.sources import data_source
 from phinetune.errors import DataError, ExportError
-from phinetune.events import Event, Note, OnEvent, log_event
+from phinetune.events import Note, OnEvent, log_event, nobody
 from phinetune.exporting.build import build_onnx, check_builder, keep_window
 from phinetune.exporting.config import ExportConfig
 from phinetune.exporting.options import architecture_problem, check_options, installed_builder
@@ -134,10 +134,6 @@ def choose_threads(folder: Path, on_event: OnEvent) -> dict[str, Any]:
     return {"chosen": threads, "seconds": seconds}
 
 
-def _nobody(event: Event) -> None:
-    """Listens to what has been said already."""
-
-
 class _Codes:
     """The integers of a folder that was built and verified: which way they are computed, and what they left of the fine-tuning."""
 
@@ -175,8 +171,8 @@ class _Codes:
                 raised = put_codes(
                     self.source, self.folder, self.config, way, choice.examples, self.trust, self.on_event
                 )
-                verify(self.folder, self.config, self.contract, (), _nobody)  # the graph is another one now
-                compare_with_torch(self.source, self.folder, self.config, self.contract, self.trust, _nobody)
+                verify(self.folder, self.config, self.contract, (), nobody)  # the graph is another one now
+                compare_with_torch(self.source, self.folder, self.config, self.contract, self.trust, nobody)
             why = choice.reason if not i else f"{choice.ways[i - 1]} lost too much"
             self.on_event(Note(f"export: codes by {way}{f' ({why})' if why else ''}"))
             figures, problems = self.gauge(reference)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from phinetune.data.batches import Collator
 from phinetune.data.encoding import MASKED
 from phinetune.data.messages import DataConfig
-from phinetune.errors import InfeasibleError, PhinetuneError
+from phinetune.errors import InfeasibleError, PhinetuneError, first_line
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.lora.config import LoraConfig
 from phinetune.model.compute import available_memory, resident_memory
@@ -93,7 +93,7 @@ def check_memory(forecast: TrainingForecast, skip: bool, on_event: OnEvent) -> P
     except PhinetuneError:
         raise
     except Exception as error:  # whatever a foreign model's code makes of tensors without numbers
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         on_event(Note(f"plan: memory and time cannot be estimated: {reason}", warning=True))
         return None
     on_event(Note(f"plan: {describe(found)}"))

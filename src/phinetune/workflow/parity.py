@@ -116,8 +116,7 @@ def _same_weights(
     distance = float((onnx_logits(generator, rows) - torch_logits(model, rows)).abs().max())
     if config.include_hidden_states:
         distance = max(distance, outputs_distance(folder, generator.contract, model))
-    on_event(Note(f"export: on the probes the ONNX logits differ from torch's by {distance:.2g} at most"))
-    _assert_small(distance, FP_TOLERANCE[config.precision], f"the {config.precision} ONNX model's logits")
+    _tell_and_assert(distance, "logits", config, on_event)
     return {"logits_distance": distance}
 
 
@@ -127,9 +126,14 @@ def _outputs(folder: Path, config: ExportConfig, contract: PromptContract, model
 
     distance = outputs_distance(folder, contract, model)
     what = "hidden states" if config.exclude_lm_head else "logits"
+    _tell_and_assert(distance, what, config, on_event)
+    return distance
+
+
+def _tell_and_assert(distance: float, what: str, config: ExportConfig, on_event: OnEvent) -> None:
+    """Say how far floating point outputs are from torch's. Raises ExportError beyond the tolerance."""
     on_event(Note(f"export: on the probes the ONNX {what} differ from torch's by {distance:.2g} at most"))
     _assert_small(distance, FP_TOLERANCE[config.precision], f"the {config.precision} ONNX model's {what}")
-    return distance
 
 
 def _same_integers(

@@ -21,7 +21,7 @@ from typing import Any
 from phinetune.artifact import content_key, file_hash
 from phinetune.config import parse
 from phinetune.data.messages import DataConfig
-from phinetune.errors import ConfigError, did_you_mean
+from phinetune.errors import ConfigError, did_you_mean, first_line
 from phinetune.events import OnEvent, log_event
 from phinetune.systems.config import AcceleratorConfig
 from phinetune.workflow.config import PassEntry
@@ -187,5 +187,5 @@ def _under(path: str, function: Callable[[Any], dict[str, Any]], argument: Any) 
 
 
 def _reason(error: BaseException) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     return text if type(error).__name__ in text else f"{type(error).__name__}: {text}"

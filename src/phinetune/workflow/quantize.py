@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phinetune.errors import ConfigError, DataError, ExportError
-from phinetune.events import Event, Note, OnEvent, log_event
+from phinetune.events import Note, OnEvent, log_event, nobody
 from phinetune.exporting.codes import GraphCodes
-from phinetune.exporting.config import ExportConfig
-from phinetune.exporting.ways import OWN_WAYS, Way
+from phinetune.exporting.config import OURS, ExportConfig
+from phinetune.exporting.ways import Way
 from phinetune.model.compute import available_memory
 from phinetune.model.contract import PromptContract
 from phinetune.model.folder import stored_dtype, weight_files
@@ -61,7 +61,7 @@ def choose_ways(
     """
     asked: Any = config.algorithm
     grid = config.grid
-    if asked not in (*OWN_WAYS, "auto") or grid is None:
+    if asked not in OURS or grid is None:
         return Choice(("default",))
     if asked == "auto" and (reason := cannot(config, source)):
         return Choice(("default",), reason)
@@ -112,9 +112,9 @@ def calibration_examples(config: ExportConfig, manifest: dict[str, Any], contrac
     Raises ConfigError where no data is known, DataError where there is none.
     """
     if config.calibration_data is not None:
-        part = choose_examples(config.calibration_data, "all", manifest, contract, config.calibration_examples, _nobody)
+        part = choose_examples(config.calibration_data, "all", manifest, contract, config.calibration_examples, nobody)
     else:
-        part = choose_examples(None, "train", manifest, contract, config.calibration_examples, _nobody)
+        part = choose_examples(None, "train", manifest, contract, config.calibration_examples, nobody)
     table = list(part.examples.table)
     return Calibration([list(row["input_ids"]) for row in table], [row["prompt_length"] for row in table])
 
@@ -227,7 +227,3 @@ def matrices(source: Path) -> dict[str, tuple[int, int]]:
     for head, embedding in tied_embeddings(source).items():
         shapes.setdefault(head, shapes[embedding])
     return {n.removesuffix(".weight"): (s[0], s[1]) for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2}
-
-
-def _nobody(event: Event) -> None:
-    """Listens to what has been said already."""

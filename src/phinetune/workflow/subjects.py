@@ -18,7 +18,7 @@ from phinetune.data.messages import DataConfig
 from phinetune.errors import ConfigError, DataError, OutputError, PhinetuneError, did_you_mean
 from phinetune.evaluation.assessment import Effort, answerable
 from phinetune.evaluation.metrics import METRICS
-from phinetune.events import Event, OnEvent
+from phinetune.events import Event, OnEvent, nobody
 from phinetune.generation.load import find, find_manifest
 from phinetune.generation.onnx_backend import ADAPTER_SUFFIX, check_complete, onnx_runtime
 from phinetune.workflow.assess import Subject, check_effort, with_examples
@@ -220,7 +220,7 @@ def _asked_the_same(
     if _rows(found.part) == wanted:
         return found
     # what is held out is drawn by the prompts' ids, so with other ids it is other rows: take those that were chosen
-    every = with_examples(subject, replace(chosen.config, test_fraction=0.0), _ASKED, "all", None, _nobody)
+    every = with_examples(subject, replace(chosen.config, test_fraction=0.0), _ASKED, "all", None, nobody)
     rows = {row: i for i, row in enumerate(_rows(every.part))}
     missing = [row for row in wanted if row not in rows]
     if missing or every.part is None:
@@ -230,7 +230,7 @@ def _asked_the_same(
             "they may be too long for it, or read otherwise in its template: give other data, or leave that model out",
         )
     if chosen.split == "test" and _is_trained(subject):
-        unseen = set(_rows(with_examples(subject, chosen.config, _ASKED, "test", None, _nobody).part))
+        unseen = set(_rows(with_examples(subject, chosen.config, _ASKED, "test", None, nobody).part))
         if seen := sum(row not in unseen for row in wanted):
             notes.append(
                 f"{name}: {seen} of the {len(wanted)} examples are not among those that its own training held out"
@@ -277,7 +277,3 @@ def said_once(on_event: OnEvent) -> OnEvent:
             on_event(event)
 
     return listen
-
-
-def _nobody(event: Event) -> None:
-    """Listens to what has been said already."""

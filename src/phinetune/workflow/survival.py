@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from phinetune.artifact import read_manifest
 from phinetune.errors import ConfigError, DataError, PhinetuneError
 from phinetune.evaluation.agreement import Agreement, Said, agreement, said
-from phinetune.events import Event, Note, OnEvent, log_event
+from phinetune.events import Note, OnEvent, log_event, nobody
 from phinetune.exporting.codes import GraphCodes
 from phinetune.exporting.config import ExportConfig
 from phinetune.exporting.survival import layer_survival, summary
@@ -61,7 +61,7 @@ def reference_answers(
     load: gives the model, where it is another one than the files in `source` hold.
     """
     try:
-        examples = choose_examples(None, "test", dict(manifest), contract, _EXAMPLES, _nobody).examples
+        examples = choose_examples(None, "test", dict(manifest), contract, _EXAMPLES, nobody).examples
     except (ConfigError, DataError) as error:
         return error.problems[0]
     if reason := out_of_memory(source, bytes_each=4):
@@ -197,7 +197,3 @@ def worst_layers(figures: Mapping[str, Any]) -> str:
 
 def _model_type(base: Path) -> str:
     return str(json.loads((base / "config.json").read_text(encoding="utf-8")).get("model_type") or "")
-
-
-def _nobody(event: Event) -> None:
-    """Listens to what has been said already."""

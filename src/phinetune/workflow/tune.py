@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from phinetune.artifact import content_key, write_json
+from phinetune.artifact import BUILDING, content_key, write_json
 from phinetune.errors import ExportError
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.exporting.build import build_onnx
 from phinetune.exporting.config import ExportConfig
+from phinetune.exporting.graph import set_accuracy_level
 from phinetune.exporting.verify import GENAI_CONFIG
 from phinetune.generation.onnx_backend import open_folder
 from phinetune.generation.threads import answer_seconds, as_overlay, threads_for
@@ -39,17 +40,20 @@ def in_order_of_speed(
     source: Path, config: ExportConfig, trained: Grid | None, trust_remote_code: bool, on_event: OnEvent = log_event
 ) -> list[ExportConfig]:
     """The candidates for the plain model in `source`, the fastest first. trained: the grid that it was trained for, which stays."""
-    blocks = [b for b in _BLOCKS if _fits(source, b)] if trained is None else [config.block_size]
+    shapes = matrices(source)
+    widths = {columns for _, columns in shapes.values()}
+    blocks = [b for b in _BLOCKS if not any(w % b for w in widths)] if trained is None else []
     blocks = blocks or [config.block_size]
     seconds: dict[tuple[Any, Any], float] = {}
     for block in blocks:
-        known = read_measured(_key(source, config, block))
+        key = _key(shapes, config, block)
+        known = read_measured(key)
         if not known:
             known = _measure(
                 source, replace(config, block_size=block, algorithm="default"), trust_remote_code, on_event
             )
             if known:
-                keep_measured(_key(source, config, block), known)
+                keep_measured(key, known)
         seconds |= {(block, level): float(known[str(level)]) for level in _LEVELS if str(level) in known}
     if not seconds:
         on_event(Note("export: other programs kept this machine busy: nothing could be measured", warning=True))
@@ -58,10 +62,6 @@ def in_order_of_speed(
     times = ", ".join(f"block_size {b} accuracy_level {level} {seconds[b, level] * 1e3:.0f} ms" for b, level in ranked)
     on_event(Note(f"export: tuned for {processor_name()}: {times} (a short prompt with its answer)"))
     return [replace(config, block_size=b, accuracy_level=level) for b, level in ranked]
-
-
-def _fits(source: Path, block: int) -> bool:
-    return all(columns % block == 0 for _, columns in matrices(source).values())
 
 
 def _measure(source: Path, config: ExportConfig, trust_remote_code: bool, on_event: OnEvent) -> dict[str, float]:
@@ -86,46 +86,37 @@ def _set_level(folder: Path, level: int) -> None:
 
     file = folder / "model.onnx"
     model = onnx.load(str(file), load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute if node.op_type == "MatMulNBits" else ():
-            attribute.i = level if attribute.name == "accuracy_level" else attribute.i
+    set_accuracy_level(model, level)
     onnx.save(model, str(file))
 
 
-def _key(source: Path, config: ExportConfig, block: int) -> str:
-    """Machine, runtime, and all that decides how much is computed and read."""
+def _key(shapes: dict[str, tuple[int, int]], config: ExportConfig, block: int) -> str:
+    """Machine, runtime, and (by `shapes`, module -> (rows, columns)) all that decides how much is computed and read."""
     import onnxruntime_genai as og
 
-    shapes = sorted(matrices(source).items())
     how = (config.precision, config.symmetric, block)
-    return content_key("onnx speed", processor_name(), usable_cpus(), og.__version__, shapes, how)[:16]
+    return content_key("onnx speed", processor_name(), usable_cpus(), og.__version__, sorted(shapes.items()), how)[:16]
 
 
 def first_that_keeps(
     candidates: list[ExportConfig], make: Callable[[ExportConfig], dict[str, Any]], folder: Path, on_event: OnEvent
 ) -> tuple[ExportConfig, dict[str, Any]]:
     """(the first candidate that `make` does not refuse, what it returned). Raises the last one's ExportError if it refuses all."""
-    for last, candidate in _with_end(candidates):
+    *first, last = candidates
+    for candidate in first:
         try:
             return candidate, make(candidate)
         except ExportError as error:
-            if last:
-                raise
             text = f"block_size {candidate.block_size}, accuracy_level {candidate.accuracy_level} is not taken: {error.problems[0]}"
             on_event(Note(f"export: {text}", warning=True))
             _clear(folder)
-    raise ExportError("no candidate was given")
-
-
-def _with_end(candidates: list[ExportConfig]) -> Iterator[tuple[bool, ExportConfig]]:
-    for number, candidate in enumerate(candidates, 1):
-        yield number == len(candidates), candidate
+    return last, make(last)
 
 
 def _clear(folder: Path) -> None:
     """Take away what a refused candidate left; the merged model and the note of what is being built stay."""
     for path in folder.iterdir():
-        if path.name.startswith("building") or path.name == "merged":
+        if path.name in (BUILDING, "merged"):
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
