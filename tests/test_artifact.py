@@ -160,6 +160,45 @@ def test_a_killed_process_leaves_a_partial_folder_that_the_same_work_takes_over(
     assert names(tmp_path / "out") == ["manifest.json", "weights"]
 
 
+KILLED_IN_JSON = """
+import os, pathlib, signal, sys
+import phinetune.artifact as artifact
+os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+with artifact.building(pathlib.Path(sys.argv[1]), "hf", "k", {}, resume=True):
+    pass
+"""
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_a_kill_left_of_a_json_file_neither_bars_the_folder_nor_ends_up_in_it(begun: bool, tmp_path: Path) -> None:
+    if begun:
+        interrupted(tmp_path / "out", "k")
+    done = subprocess.run([sys.executable, "-c", KILLED_IN_JSON, str(tmp_path / "out")], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert any(name.startswith(".building.json.") for name in names(tmp_path / "out.partial"))
+    check_output(tmp_path / "out", "hf", "k", overwrite=True)
+    with building(tmp_path / "out", "hf", "k", {}, resume=True):
+        pass
+    assert names(tmp_path / "out") == (["checkpoint-5"] if begun else []) + ["manifest.json"]
+
+
+def killed(*args: Any, **options: Any) -> None:
+    raise SystemExit
+
+
+def test_a_kill_while_a_partial_folder_is_removed_leaves_it_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tmp_path / "out", "k")
+    (tmp_path / "out.partial" / "weights").touch()
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(SystemExit), building(tmp_path / "out", "adapter", "other", {}):
+        pass
+    monkeypatch.undo()
+    assert "building.json" in names(tmp_path / "out.partial")
+    check_output(tmp_path / "out", "adapter", "other", overwrite=True)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no umask")
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
 def test_files_get_the_permissions_of_the_umask(umask: int, mode: int, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def check_output(folder: Path, kind: str, key: str, overwrite: bool, needed_byte
         raise OutputError(
             f"{partial}: is in the way: {folder.name} is built there", "move it, or choose another folder"
         )
-    if partial.exists() and _partial_key(partial) is None and any(partial.iterdir()):
+    if partial.exists() and _partial_key(partial) is None and set(partial.iterdir()) - _half_written(partial):
         raise OutputError(
             f"{partial}: holds files that phinetune did not write; it is left as it is", "choose another output folder"
         )
@@ -190,10 +190,12 @@ def building(folder: Path, kind: str, key: str, record: dict[str, Any], resume: 
     started = time.time()
     with _only_one(folder):
         if not (resume and _partial_key(partial) == key):
-            shutil.rmtree(partial, ignore_errors=True)
+            _discard(partial)
         try:
             with disk_errors(folder):
                 partial.mkdir(exist_ok=True)
+                for file in _half_written(partial):
+                    file.unlink()
                 write_json(partial / BUILDING, {"kind": kind, "key": key})
                 yield partial
                 certificate = {
@@ -209,8 +211,20 @@ def building(folder: Path, kind: str, key: str, record: dict[str, Any], resume: 
                 (folder / BUILDING).unlink()
         except BaseException as error:  # after the disk has been asked whether it is full
             if not resume or (partial.is_dir() and not _worth_keeping(partial, error)):
-                shutil.rmtree(partial, ignore_errors=True)
+                _discard(partial)
             raise
+
+
+def _half_written(partial: Path) -> set[Path]:
+    """What `write_json` was writing when its process was killed."""
+    return set(partial.glob(".*.json.*"))
+
+
+def _discard(partial: Path) -> None:
+    """Remove a folder that is being built, what says that it is ours last: a kill in between must not make it a stranger's."""
+    for entry in [p for p in partial.iterdir() if p.name != BUILDING] if partial.is_dir() else []:
+        shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _worth_keeping(partial: Path, error: BaseException) -> bool:

@@ -130,9 +130,12 @@ class _Merge:
 
     def run(self, target: Path, asked: Base) -> dict[str, Any]:
         """Write the merged model into `target` and return the figures of the merge."""
-        from phinetune.lora.stream import merge_files
+        from phinetune.lora.stream import JOURNAL, merge_files
         from phinetune.model.load import save_generation_config, tied_embeddings
 
+        if not (target / JOURNAL).is_file():  # whole weights that an attempt left which was killed after its merge
+            for file in target.glob("*.safetensors"):
+                file.unlink()
         with quiet_bitsandbytes():
             policy, figures = self.choose_base(asked)
             restore = self.restore if policy == "dequantized" else None
