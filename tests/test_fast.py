@@ -20,13 +20,15 @@ from phinetune.lora.layer import lora_layers
 from phinetune.model import attention as blocks
 from phinetune.model.attention import allowed_in_tree, attention_reference, causal_attention, tree_attention
 from phinetune.model.fast import ATTENTION, FastPaths, compile_layers, read_fast_paths, speed_up, uses_blocks
+from phinetune.model.folder import resolve_model
+from phinetune.model.load import LoadPlan, load_model
 from phinetune.model.norm import RMSNorm, rms_norm, rms_norm_reference, stand_in
 from phinetune.training.config import read_training_config
 from phinetune.training.loss import supervised_loss
 from phinetune.training.rows import last_mlp
 from zoo import MODELS, zoo_model
 
-PATHS = [name for name in FastPaths.__dataclass_fields__ if name != "compiled"]
+PATHS = [name for name in FastPaths.__dataclass_fields__ if name not in ("compiled", "fused_rows")]
 
 
 def only(*names: str) -> FastPaths:
@@ -230,6 +232,31 @@ def test_each_path_alone_is_the_reference(path: str) -> None:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
 
 
+def counting(name: str, function: Any, calls: list[str]) -> Any:
+    def counted(*args: Any) -> Any:
+        calls.append(name)
+        return function(*args)
+
+    return counted
+
+
+@pytest.mark.parametrize("layout", [lambda r: padded_batch(r, 0), tree_batch], ids=["padded", "tree"])
+def test_plain_rows_may_go_to_torchs_kernel_while_trees_stay_in_blocks(
+    layout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, kinds = layout(rows()), list[str]()
+    expected = loss_and_gradients(trained_model("llama", FastPaths.none()), batch, FastPaths.none())
+    paths = FastPaths(fused_rows=True)
+    model = trained_model("llama", paths)
+    assert uses_blocks(model)
+    for name in ("tree_attention", "causal_attention"):
+        monkeypatch.setattr(blocks, name, counting(name, getattr(blocks, name), kinds))
+    found = loss_and_gradients(model, batch, paths)
+    assert set(kinds) == ({"tree_attention"} if "tree" in batch else set())
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
+
+
 def test_the_reference_has_none_of_them() -> None:
     model = trained_model("llama", FastPaths.none())
     assert not uses_blocks(model) and not any(isinstance(m, RMSNorm) for m in model.modules())
@@ -250,6 +277,29 @@ def test_a_model_that_would_answer_differently_is_left_alone(monkeypatch: pytest
     monkeypatch.setattr(blocks, "causal_attention", lambda q, k, v, s: torch.zeros_like(q.transpose(1, 2)))
     model = speed_up(zoo_model("llama"), only("attention"), lambda e: notes.append(getattr(e, "text", "")))
     assert not uses_blocks(model) and any("left out" in note for note in notes)
+
+
+def test_a_model_that_cannot_be_tried_is_left_alone_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    model = zoo_model("llama")
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("pictures are needed\nas well")
+
+    monkeypatch.setattr(model, "forward", refuse)
+    was = model.config._attn_implementation
+    speed_up(model, FastPaths(), lambda e: notes.append(getattr(e, "text", "")))
+    assert model.config._attn_implementation == was
+    assert notes == ["model: attention is left as it is; it cannot be tried (pictures are needed)"]
+    assert isinstance(model.model.norm, RMSNorm)  # tried by itself
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_rounding_of_answers_does_not_keep_blocks_out_of_the_embedded_model(attention: str) -> None:
+    notes: list[Any] = []
+    model = load_model(resolve_model("smollm2-135m"), LoadPlan(torch.bfloat16, torch.device("cpu"), attention))
+    assert uses_blocks(speed_up(model, FastPaths(), notes.append))
+    assert not notes and any(isinstance(m, RMSNorm) for m in model.modules())
 
 
 def test_masks_of_other_kinds_go_to_torchs_attention() -> None:

@@ -83,14 +83,22 @@ def test_4_bits_are_counted_as_they_are_held(llama_folder: Path, double: bool) -
     assert found.flops == sum(c.flops * n for c, n in expected.calls.items())
 
 
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("r", [4, 32], ids=["small-factors", "large-factors"])
 @pytest.mark.parametrize("count", [0, "all"], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("kind", ["llama_folder", "phi3_folder"])
-def test_figures_are_linear_in_depth(
-    kind: str, count: LayerCount, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+def test_figures_of_three_layers_tell_those_of_more(
+    kind: str,
+    count: LayerCount,
+    r: int,
+    accumulates: bool,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = read_model_config(request.getfixturevalue(kind))
-    config.num_hidden_layers, config.layer_types = 5, ["full_attention"] * 5
-    settings = StepSettings(config, LoadPlan(torch.bfloat16, CPU, "eager"), LoraConfig(r=4), count)
+    config.num_hidden_layers, config.layer_types = 6, ["full_attention"] * 6
+    load, lora = LoadPlan(torch.bfloat16, CPU, "eager"), LoraConfig(r=r)
+    settings = StepSettings(config, load, lora, count, accumulates=accumulates)
     extended = StepEstimator(settings)
     monkeypatch.setattr(estimate, "_layers_are_alike", lambda *_: False)
     whole = StepEstimator(settings)
@@ -98,6 +106,9 @@ def test_figures_are_linear_in_depth(
     for batch in (padded_batch(rows(4, 60), 0), padded_batch(rows(1, 12), 0)):
         one, other = extended(batch), whole(batch)
         assert one.peak.total == pytest.approx(other.peak.total, rel=0.005)
+        assert {k: v for k, v in one.peak.parts.items() if v} == pytest.approx(
+            {k: v for k, v in other.peak.parts.items() if v}, rel=0.02, abs=0.005 * other.peak.total
+        )
         assert one.flops == other.flops
         assert one.calls == other.calls
 

@@ -305,16 +305,34 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: (B, H, T, D) -> (B, T, H, D). Whatever is not plain causal or a tree goes to torch's."""
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if is_tree(attention_mask):
-        return tree_attention(query, key, value, scaling, attention_mask), None
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if attention_mask is None and causal and not dropout and query.shape[2] == key.shape[2]:
-        return causal_attention(query, key, value, scaling), None
+        return causal_attention(query, key, value, _scaling(query, scaling)), None
+    return trees_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+def trees_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As `attention_forward`, but plain causal rows go to torch's attention as well."""
+    scaling = _scaling(query, scaling)
+    if is_tree(attention_mask):
+        return tree_attention(query, key, value, scaling, attention_mask), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     out: Tensor = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )[0]
     return out, None
+
+
+def _scaling(query: Tensor, scaling: float | None) -> float:
+    return float(query.shape[-1] ** -0.5) if scaling is None else scaling

@@ -1,7 +1,7 @@
 """The fast paths of training, each with a switch, and putting those into a model that belong to the model.
 
 The model stays transformers' own: attention comes in through its attention interface, normalizations are exchanged for modules over the
-same weights, and the model's answer is compared before and after. What changes it, or cannot be had, is left out and said.
+same weights. Each is tried on the model first, against what it stands for; what computes something else is left out and said.
 
 Not here: the arithmetic (`attention.py`, `norm.py`), LoRA's own fast paths (`lora/functional.py`, `lora/group.py`), the loss.
 """
@@ -9,17 +9,21 @@ Not here: the arithmetic (`attention.py`, `norm.py`), LoRA's own fast paths (`lo
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from phinetune.errors import ConfigError, did_you_mean
+from phinetune.errors import ConfigError, did_you_mean, first_line
 from phinetune.events import Note, OnEvent, log_event
 
 if TYPE_CHECKING:
     import torch
 
 ATTENTION = "phinetune_blocks"
-"""What the attention function is called among those of transformers."""
+"""What our attention is called among those of transformers."""
+TREES = "phinetune_trees"
+"""The same where rows that are no tree go to torch's kernel."""
+_BOTH = "phinetune_compared"  # the same for torch's attention while it is compared with ours
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,9 @@ class FastPaths:
 
     attention: bool = True
     """On a CPU: blocks of batched products in the place of the fused kernel; of a tree only what is seen."""
+    fused_rows: bool | None = None
+    """With `attention`: rows that are no tree through torch's fused kernel all the same. None: only where `choose_rows` has found it to be
+    faster."""
     norm: bool = True
     """Root-mean-square normalization in one function."""
     linear: bool = True
@@ -75,27 +82,14 @@ def speed_up(model: Any, paths: FastPaths, on_event: OnEvent = log_event) -> Any
         return model
     if model.device.type == "meta":
         if paths.attention and _takes_our_attention(model):
-            _set_attention(model, ATTENTION)
+            _set_attention(model, TREES if paths.fused_rows else ATTENTION)
         if paths.norm and not paths.compiled:
             _exchange_norms(model)
         return model
-    before = _answer(model)
-    if before is None:
-        return model
     if paths.attention and _takes_our_attention(model):
-        was = model.config._attn_implementation
-        _set_attention(model, ATTENTION)
-        if not _same(_answer(model), before):
-            _set_attention(model, was)
-            on_event(Note("model: attention in blocks computes something else than the model's own, left out"))
+        _exchange_attention(model, TREES if paths.fused_rows else ATTENTION, on_event)
     if paths.norm and not paths.compiled:  # the compiler joins these operators itself
-        exchanged = _exchange_norms(model)
-        if exchanged and not _same(_answer(model), before):
-            for parent, name, module in exchanged:
-                setattr(parent, name, module)
-            on_event(
-                Note("model: normalization in one function computes something else than the model's own, left out")
-            )
+        _exchange_norms(model)
     return model
 
 
@@ -108,9 +102,8 @@ def compile_layers(model: Any, on_event: OnEvent = log_event) -> int:
     import torch
     from transformers import AttentionInterface
 
-    from phinetune.model.attention import attention_forward
-
-    AttentionInterface.register(ATTENTION, torch.compiler.disable(attention_forward))  # type: ignore[no-untyped-call]
+    for name, function in _functions().items():
+        AttentionInterface.register(name, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
     layers = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
     largest: Any = max(layers, key=lambda m: sum(p.numel() for p in m.parameters()), default=[])
     for layer in largest:
@@ -121,7 +114,7 @@ def compile_layers(model: Any, on_event: OnEvent = log_event) -> int:
 
 def uses_blocks(model: Any) -> bool:
     """True if `model` computes attention by `attention.py`, so that a tree's lengths may stand in the place of its mask."""
-    return bool(model.config._attn_implementation == ATTENTION)
+    return model.config._attn_implementation in (ATTENTION, TREES)
 
 
 def _takes_our_attention(model: Any) -> bool:
@@ -133,52 +126,80 @@ def _takes_our_attention(model: Any) -> bool:
     return bool(supports and model._can_set_attn_implementation() and not dropout and not other)
 
 
-def _set_attention(model: Any, name: str) -> None:
+def _functions() -> dict[str, Any]:
+    """Our attention functions, by what transformers knows them as."""
+    from phinetune.model.attention import attention_forward, trees_forward
+
+    return {ATTENTION: attention_forward, TREES: trees_forward}
+
+
+def _exchange_attention(model: Any, name: str, on_event: OnEvent) -> None:
+    """Put our attention called `name` into `model` if it computes what torch's does on the model's own queries, keys and values.
+
+    Compared layer by layer and not by what the whole model answers: on rare tokens, bfloat16's rounding alone turns answers over.
+    """
+    import torch
+
+    was = model.config._attn_implementation
+    try:
+        difference = _difference(model)
+    except Exception as error:  # a foreign model may want anything; it is left as it is
+        _set_attention(model, was)
+        on_event(Note(f"model: attention is left as it is; it cannot be tried ({first_line(error)})"))
+        return
+    same = difference is not None and difference <= (1e-3 if model.dtype == torch.float32 else 0.05)
+    _set_attention(model, name if same else was)
+    if not same and difference is not None:
+        on_event(Note("model: attention in blocks computes something else than the model's own, left out"))
+
+
+def _difference(model: Any) -> float | None:
+    """The largest difference of any layer between the two, as a share of the largest number; None if the model calls neither."""
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    ours = _functions()[ATTENTION]
+    found: list[float] = []
+
+    def both(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        expected: torch.Tensor = sdpa_attention_forward(*args, **kwargs)[0]
+        made = ours(*args, **kwargs)[0]
+        error = float((made - expected).float().abs().max()) if made.shape == expected.shape else math.inf
+        found.append(error / max(float(expected.float().abs().max()), 1e-30))
+        return expected, None
+
+    training = model.training
+    model.eval()
+    try:
+        _set_attention(model, _BOTH, both)
+        ids = torch.arange(2, 26).remainder(model.config.get_text_config().vocab_size).view(2, 12)
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        model.train(training)
+    return max(found, default=None)
+
+
+def _set_attention(model: Any, name: str, function: Any = None) -> None:
+    """Make `model` compute attention by what transformers knows as `name`; `function` is registered under it."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    from phinetune.model.attention import attention_forward
     from phinetune.model.load import quiet_transformers
 
-    AttentionInterface.register(ATTENTION, attention_forward)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # masks other than trees are those of torch's attention
+    if function := function or _functions().get(name):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, sdpa_mask)  # masks other than trees are those of torch's attention
     with quiet_transformers():
         model.set_attn_implementation(name)
 
 
-def _exchange_norms(model: Any) -> list[tuple[Any, str, Any]]:
-    """Exchange what `norm.stand_in` can stand in for; (parent, name, the model's own module) of each."""
+def _exchange_norms(model: Any) -> None:
+    """Exchange the normalizations that `norm.stand_in` has tried and can stand in for."""
     from phinetune.model.norm import stand_in
 
-    exchanged = []
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             fast = stand_in(module)
             if fast is not None:
                 setattr(parent, name, fast.train(module.training))
-                exchanged.append((parent, name, module))
-    return exchanged
-
-
-def _answer(model: Any) -> torch.Tensor | None:
-    """The model's logits after each of a few tokens, in float32; None for a model that does not take plain token ids."""
-    import torch
-
-    ids = torch.arange(2, 26).remainder(model.config.get_text_config().vocab_size).view(2, 12)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
-            return logits
-    except Exception:  # a foreign model may want anything; it is left as it is
-        return None
-    finally:
-        model.train(training)
-
-
-def _same(answer: torch.Tensor | None, before: torch.Tensor) -> bool:
-    """True if the two differ by no more than rounding."""
-    if answer is None or answer.shape != before.shape:
-        return False
-    return float((answer - before).abs().max()) <= 0.05 * float(before.abs().max())

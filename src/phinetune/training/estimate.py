@@ -3,8 +3,9 @@
     config.json -> model on fake tensors -> inject -> supervised_loss -> backward        `StepTrace` follows it all
 
 It is the real step: the model's own forward, our loss and our autograd functions, so whatever is changed in those is in the estimate at
-once. Decoder layers are alike, so the step is run with two and with three of them (the last one is special: it computes fewer rows and is never
-checkpointed), and every figure, linear in their number, is extended to the whole model. Where layers differ (in their parameters, their kinds, or their adapters) the whole model is run instead.
+once. Decoder layers are alike, so the step is run with three of them: the first and the last are special (no gradient goes below the one, the
+other computes fewer rows and is never checkpointed), and the one between them stands for all the others. Where layers differ (in their
+parameters, their kinds, or their adapters) the whole model is run instead.
 
     memory = weights + adapters + optimizer state + the most that is alive of activations, logits, gradients and temporaries
 
@@ -27,8 +28,9 @@ from phinetune.model.fast import FastPaths
 from phinetune.model.grid import Grid
 from phinetune.model.load import LoadPlan
 from phinetune.training.checkpointing import LayerCount, checkpoint_layers
+from phinetune.training.estimate_layers import MiddleLayer, decoder_layers
 from phinetune.training.estimate_model import build_on_meta, quantization_tensors, without_numbers
-from phinetune.training.estimate_trace import Call, Peak, StepTrace
+from phinetune.training.estimate_trace import Call, Peak, StepTrace, storage_bytes
 from phinetune.training.loss import supervised_loss
 from phinetune.training.rows import last_mlp
 
@@ -86,14 +88,14 @@ class StepEstimator:
         self.settings = settings
         whole = build_on_meta(settings.config, settings.load, settings.lora, settings.fast_paths, settings.grid)
         depth = settings.config.get_text_config().num_hidden_layers
-        self._alike = depth > 3 and _layers_are_alike(whole, settings)
+        self._alike = depth > 3 and len(decoder_layers(whole)) == depth and _layers_are_alike(whole, settings)
         self._depth = depth
-        self.weights = _bytes([*_frozen(whole), *whole.buffers(), *quantization_tensors(whole)])
-        self.adapters = _bytes(_trained(whole))
+        self.weights = storage_bytes([*_frozen(whole), *whole.buffers(), *quantization_tensors(whole)])
+        self.adapters = storage_bytes(_trained(whole))
         self.optimizer = optimizer_bytes(settings.optimizer, _trained(whole))
         self.numbers = sum(getattr(p, "quant_state", p).shape.numel() for p in _frozen(whole))
         """Numbers that the base model's weights stand for."""
-        self.unquantized = _bytes([p for p in _frozen(whole) if not hasattr(p, "quant_state")])
+        self.unquantized = storage_bytes([p for p in _frozen(whole) if not hasattr(p, "quant_state")])
         """Bytes of the base's parameters that are not in 4 bits."""
         self.model = whole
         self._models: dict[int, nn.Module] = {}
@@ -104,7 +106,7 @@ class StepEstimator:
         """The estimate for `batch`, which is what the collator makes."""
         count = self.settings.checkpoint_layers
         if not self._alike:
-            trace = self._trace(self._depth, batch, count)
+            trace = self._trace(self._prepared(self._depth, count), batch)
             peaks, calls = trace.peaks, trace.calls
         elif count in (0, "all"):
             peaks, calls = self._extended(batch, count)
@@ -120,14 +122,15 @@ class StepEstimator:
         return StepEstimate(Peak(peak.total + self.optimizer, parts), calls)
 
     def _extended(self, batch: dict[str, Tensor], count: LayerCount) -> tuple[dict[str, Peak], Counter[Call]]:
-        """Peaks by phase and operators of the whole model with no layer checkpointed, or all, from few of its layers."""
-        one, two = self._trace(2, batch, count), self._trace(3, batch, count)
-        more = self._depth - 2
-        peaks = {phase: _between(one.peaks[phase], two.peaks[phase], more) for phase in one.peaks}
-        calls = {call: one.calls[call] + more * (two.calls[call] - one.calls[call]) for call in one.calls | two.calls}
-        return peaks, Counter({call: times for call, times in calls.items() if times > 0})
+        """Peaks by phase and operators of the whole model with no layer checkpointed, or all, from three of its layers."""
+        model = self._prepared(3, count)
+        with MiddleLayer(model, StepTrace(model.config.get_text_config().vocab_size)) as middle:
+            self._trace(model, batch, middle.trace)
+        more = self._depth - 3
+        return middle.peaks(more), middle.calls(more)
 
-    def _trace(self, layers: int, batch: dict[str, Tensor], count: LayerCount) -> StepTrace:
+    def _prepared(self, layers: int, count: LayerCount) -> Any:
+        """The model of so many layers, without numbers, `count` of them checkpointed."""
         settings = self.settings
         if layers not in self._models:
             built = build_on_meta(
@@ -137,7 +140,11 @@ class StepEstimator:
         model = self._models[layers]
         forget_rounded(model)
         checkpoint_layers(model, count, settings.checkpoint_options, lambda event: None)
-        return trace_step(model, batch, settings.accumulates, settings.label_smoothing, settings.fast_paths)
+        return model
+
+    def _trace(self, model: Any, batch: dict[str, Tensor], trace: StepTrace | None = None) -> StepTrace:
+        settings = self.settings
+        return trace_step(model, batch, settings.accumulates, settings.label_smoothing, settings.fast_paths, trace)
 
 
 def trace_step(
@@ -146,13 +153,14 @@ def trace_step(
     accumulates: bool = False,
     label_smoothing: float = 0.0,
     fast_paths: FastPaths = FastPaths(),  # noqa: B008  immutable
+    trace: StepTrace | None = None,
 ) -> StepTrace:
-    """Forward and backward of `model`, with numbers or without, under a `StepTrace`. Its gradients are gone afterwards."""
+    """Forward and backward of `model`, with numbers or without, under `trace`, or a new one. Its gradients are gone afterwards."""
     trained, handles = _trained(model), []
     if accumulates:
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-    trace = StepTrace(model.config.get_text_config().vocab_size)
+    trace = trace or StepTrace(model.config.get_text_config().vocab_size)
     trace.hold([*_frozen(model), *model.buffers(), *quantization_tensors(model)], "weights")
     trace.hold(trained, "adapters")
     trace.hold([p.grad for p in trained if p.grad is not None], "gradients")
@@ -177,7 +185,7 @@ def trace_step(
 def optimizer_bytes(name: str, parameters: list[Tensor]) -> int:
     """Bytes of the state that optimizer `name` (TrainingArguments' `optim`) keeps for `parameters`."""
     name = name.removeprefix("paged_")
-    total = _bytes(parameters)
+    total = storage_bytes(parameters)
     if "8bit" in name or "4bit" in name:
         states = next((n for begin, n in _STATES_OF_8_BITS.items() if name.startswith(begin)), 2)
         return sum(states * p.numel() for p in parameters)
@@ -216,8 +224,3 @@ def _frozen(model: nn.Module) -> list[Tensor]:
 
 def _trained(model: nn.Module) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    """Bytes of the storages of `tensors`, shared ones once."""
-    return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -52,13 +52,15 @@ class Peak:
 class StepTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Use as `with StepTrace(...) as trace`; `phase` names what runs now. `vocabulary` tells logits from other tensors.
 
-    Peaks are in bytes, one for each phase. What is alive already has to be named with `hold`.
+    Peaks are in bytes, one for each phase. What is alive already has to be named with `hold`. Operators that run while `repeated` is true
+    are counted in `repeated_calls` as well.
     """
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.vocabulary, self.phase = vocabulary, "forward"
+        self.vocabulary, self.phase, self.repeated = vocabulary, "forward", False
         self.calls: Counter[Call] = Counter()
+        self.repeated_calls: Counter[Call] = Counter()
         self.peaks: dict[str, Peak] = {}
         self._live: dict[int, tuple[weakref.ref[Any], int, str]] = {}  # by storage
         self._parts: Counter[str] = Counter()
@@ -74,6 +76,10 @@ class StepTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._live[id(storage)] = (known[0], known[1], part)
             else:
                 self._follow(storage, part)
+
+    def parts(self) -> Counter[str]:
+        """Part -> bytes that are alive now."""
+        return Counter(self._parts)
 
     def _follow(self, storage: Any, part: str) -> None:
         key, size = id(storage), storage.nbytes()
@@ -101,8 +107,16 @@ class StepTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 made = True
                 wide = tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
                 self._follow(storage, "logits" if wide else "activations" if self.phase == "forward" else "temporaries")
-        self.calls[_call(func, args, kwargs, out, made)] += 1
+        call = _call(func, args, kwargs, out, made)
+        self.calls[call] += 1
+        if self.repeated:
+            self.repeated_calls[call] += 1
         return out
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of `tensors`, shared ones once."""
+    return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 from phinetune.data.batches import Layout, padded_batch, tree_batch
 from phinetune.errors import ConfigError
 from phinetune.events import Note, OnEvent, log_event
-from phinetune.model.fast import ATTENTION
+from phinetune.model.fast import uses_blocks
 from phinetune.training.rows import tree_mask
 
 _LOCAL = ("attention_types", "window_size", "block_types", "layers_block_type", "alibi")
@@ -42,7 +42,7 @@ def padded_reason(model: Any, longest: int) -> str | None:
     config = model.config.get_text_config()
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return "the model takes no position_ids"
-    if config._attn_implementation not in ("eager", "sdpa", ATTENTION):
+    if config._attn_implementation not in ("eager", "sdpa") and not uses_blocks(model):
         return f"{config._attn_implementation} takes no mask of this shape"
     if others := {t for t in getattr(config, "layer_types", None) or [] if t != "full_attention"}:
         return f"the model has layers of {', '.join(sorted(others))}"

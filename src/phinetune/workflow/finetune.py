@@ -44,6 +44,7 @@ from phinetune.training.config import fit_to_machine, training_arguments
 from phinetune.workflow.training_request import (
     TrainingRequest,
     check_start,
+    decide_rows,
     read_examples,
     read_request,
     request_key,
@@ -94,6 +95,7 @@ def finetune(
     contract = contract.with_chat_template(asked.data.chat_template)
     train, test, ledgers = read_examples(asked, contract, on_event)
     load_plan = plan_load(base, asked.model_kwargs, train.longest, on_event)
+    asked = decide_rows(asked, config, load_plan, train, on_event)
     width = config.get_text_config().hidden_size
     values = fit_to_machine(asked.training.values, load_plan.device, on_event)
     arguments = training_arguments(
@@ -143,7 +145,8 @@ def finetune(
         if arguments.process_index == 0:
             session.save(partial)
             contract.save(partial)
-        record |= {"figures": figures, **session.facts(contract), "seed": arguments.seed}
+        computed = {"layout": layout, "fast_paths": asdict(fast)}
+        record |= {"figures": figures, **session.facts(contract), "seed": arguments.seed, "computed": computed}
     on_event(Note(f"adapter: written to {folder}"))
     return StageFolder(folder, read_manifest(folder))
 

@@ -27,7 +27,13 @@ from phinetune.model.load import LoadPlan, load_base_contract, plan_load, read_m
 from phinetune.training.checkpointing import check_layer_count
 from phinetune.training.config import fit_to_machine, training_arguments
 from phinetune.workflow.training_plan import Plan, Suggestion, Variant, changes, describe, gigabytes, needed_bytes
-from phinetune.workflow.training_request import TrainingRequest, check_start, read_examples, read_request
+from phinetune.workflow.training_request import (
+    TrainingRequest,
+    check_start,
+    decide_rows,
+    read_examples,
+    read_request,
+)
 
 if TYPE_CHECKING:
     from phinetune.data.examples import Examples
@@ -76,6 +82,7 @@ def plan(
     held_out = len(test) if values.get("do_eval") is not False else 0
     config = read_model_config(base, trust)
     check_layer_count(asked.training.checkpoint_layers, getattr(config.get_text_config(), "num_hidden_layers", None))
+    asked = decide_rows(asked, config, load, train, on_event)
     width = config.get_text_config().hidden_size
     arguments = training_arguments(values, len(train), held_out, width, load.device, Path("-"), on_event)
     forecast = TrainingForecast(base, config, asked, load, arguments, train, contract.pad_token_id, on_event)

@@ -141,6 +141,16 @@ def request_settings(asked: TrainingRequest) -> dict[str, Any]:
     }
 
 
+def decide_rows(
+    asked: TrainingRequest, config: Any, load: LoadPlan, train: Examples, on_event: OnEvent
+) -> TrainingRequest:
+    """`asked` with the kernel that is faster on this machine for the rows of `train`, unless it says which."""
+    from phinetune.model.attention_choice import choose_rows
+
+    paths = choose_rows(asked.training.fast_paths, config, load.dtype, load.device, train.lengths, on_event)
+    return replace(asked, training=replace(asked.training, fast_paths=paths))
+
+
 def check_start(lora: LoraConfig, plan: LoadPlan, grid: Grid | None = None) -> None:
     """Raises ConfigError for what peft_config asks of a base or a grid that cannot give it."""
     if grid is not None and (lora.use_dora or lora.lora_dropout):
