@@ -41,6 +41,8 @@ CASES: list[dict[str, Any]] = [
     {"model": MIDDLE, "length": 1024, "batch": 1},
     {"model": MIDDLE, "length": 256, "batch": 4, "quantized": True},
     {"model": MIDDLE, "length": 512, "batch": 2, "quantized": True, "checkpointing": True},
+    {"model": SMALL, "length": 64, "batch": 16, "on_grid": True},
+    {"model": MIDDLE, "length": 256, "batch": 4, "on_grid": True},
 ]
 _WORDS = (
     "the",
@@ -117,7 +119,10 @@ def arguments(case: dict[str, Any], work: Path, steps: int) -> dict[str, Any]:
         "model": str(folder),
         "data": {"path": str(file), "prompt": "{prompt}", "completion": "{completion}", "test_fraction": 0.0},
         "training_config": training,
-        "model_kwargs": {"load_in_4bit": True} if case.get("quantized") else {},
+        "model_kwargs": {
+            **({"load_in_4bit": True} if case.get("quantized") else {}),
+            **({"load_on_grid": True} if case.get("on_grid") else {}),
+        },
     }
 
 
@@ -191,7 +196,7 @@ def main() -> None:
         case = CASES[number]
         predicted, measured = (in_process(what, case, args.work, args.steps) for what in ("predict", "measure"))
         memory, step = predicted["bytes"] / measured["bytes"], predicted["seconds"] / measured["seconds"]
-        options = " ".join(k for k in ("quantized", "checkpointing", "accumulation") if case.get(k))
+        options = " ".join(k for k in ("quantized", "on_grid", "checkpointing", "accumulation") if case.get(k))
         print(
             f"{number:>4} {case['model']:14}{case['length']:>7}{case['batch']:>6}  {options:22}"
             f"{predicted['bytes'] / 1e6:>8.0f}{measured['bytes'] / 1e6:>8.0f}{memory:>7.2f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,12 +159,47 @@ def test_operators_are_timed_once_and_rates_do_the_rest(
     timed = [c for c in calls if not c.is_view and estimate_time.digest(c) in clock.known]
     assert len(timed) > 0.9 * sum(not c.is_view for c in calls)
     monkeypatch.setattr(estimate_time, "_measure", lambda call: pytest.fail("timed again"))
+    monkeypatch.setattr(estimate_time, "_standard_seconds", lambda: clock.known["pace"])
     assert estimate_time.OperatorClock(0.0).seconds(calls) == pytest.approx(clock.seconds(calls), rel=0.2)
     monkeypatch.undo()
     monkeypatch.setenv("PHINETUNE_CACHE", str(tmp_path / "other"))
     without = estimate_time.OperatorClock(0.0)
     assert without.seconds(calls) > 0
     assert not any(estimate_time.digest(c) in without.known for c in timed)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "scaled", "again"),
+    [
+        pytest.param(1.0, 1.2, 1.0, False, id="chance"),
+        pytest.param(1.0, 2.0, 0.5, False, id="busy-now"),
+        pytest.param(2.0, 1.0, 1.0, True, id="busy-then"),
+        pytest.param(1.2, 1.0, 1.0, False, id="a-little-faster"),
+    ],
+)
+def test_what_is_timed_on_a_busy_machine_is_scaled_and_forgotten_later(
+    first: float, then: float, scaled: float, again: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PHINETUNE_CACHE", str(tmp_path))
+    timed: list[Any] = []
+    pace = [first]
+    monkeypatch.setattr(estimate_time, "_measure", lambda call: timed.append(call) or 8.0)
+    monkeypatch.setattr(estimate_time, "_standard_seconds", lambda: pace[0])
+    one, other = estimate_time._standard(8, 8)
+    clock = estimate_time.OperatorClock()
+    clock.seconds(Counter([one]))
+    clock.save()
+    assert clock.slower() == 1.0 and clock.known[estimate_time.digest(one)] == 8.0
+    timed.clear()
+    pace[0] = then
+    clock = estimate_time.OperatorClock()
+    clock.seconds(Counter([one, other]))
+    clock.save()
+    assert (one in timed) is again and other in timed
+    for found in (clock, estimate_time.OperatorClock()):
+        assert found.known[estimate_time.digest(other)] == 8.0 * scaled
+        assert found.known[estimate_time.digest(one)] == 8.0
+        assert found.known["pace"] == min(first, then)
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:

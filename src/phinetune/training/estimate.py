@@ -95,8 +95,6 @@ class StepEstimator:
         self.optimizer = optimizer_bytes(settings.optimizer, _trained(whole))
         self.numbers = sum(getattr(p, "quant_state", p).shape.numel() for p in _frozen(whole))
         """Numbers that the base model's weights stand for."""
-        self.unquantized = storage_bytes([p for p in _frozen(whole) if not hasattr(p, "quant_state")])
-        """Bytes of the base's parameters that are not in 4 bits."""
         self.model = whole
         self._models: dict[int, nn.Module] = {}
         if not self._alike:

@@ -3,7 +3,11 @@
 A rate for matrix products and one for memory would miss what decides at small sizes (thin products, casts, strided copies, softmax). The
 trace of a step holds a few hundred different calls only, so the dear ones are simply run on tensors of their shapes. What the time
 allowed does not reach is taken at the rate of the timed ones of its kind; views and the way through autograd and Python cost a fixed
-time a call, found by running a small real step. Times are kept per machine, torch version and number of threads. Not here: which calls.
+time a call, found by running a small real step. Times are kept per machine, torch version and number of threads.
+
+A machine that others use as well may run at half its pace for minutes. So a standard product is timed along: what is timed while that is
+slow is scaled back to the best that was seen of it, and all times are forgotten when it turns out that they were taken at a slower pace.
+Not here: which calls.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from phinetune.training.estimate_trace import Call, Shaped
 
 _FILE = "operators.json"
 _RUNS = 3
+_PACE = "pace"  # of what is known: the best time of the standard product
+_BUSY = 1.25  # times slower than that: more than chance
 _KEPT = 50_000  # timings in the file, over all machines; beyond, it is begun anew
 _UPDATE_PASSES = 12
 """Times that an optimizer step reads or writes each trained parameter's bytes: the norm, clipping, moments, parameter, gradient."""
@@ -38,7 +44,8 @@ class OperatorClock:
         self.budget, self.largest = budget, largest
         self.key = machine_key()
         self.known: dict[str, float] = _read().get(self.key, {})
-        self._new = False
+        self._new, self._begun_anew = False, False
+        self._slower: float | None = None
 
     def seconds(self, calls: Counter[Call]) -> float:
         """Of all `calls` together, without the way through autograd and Python."""
@@ -58,7 +65,7 @@ class OperatorClock:
             kept = _read()
             if sum(map(len, kept.values())) > _KEPT:
                 kept = {}
-            kept[self.key] = {**kept.get(self.key, {}), **self.known}
+            kept[self.key] = {**({} if self._begun_anew else kept.get(self.key, {})), **self.known}
             write_json(cache_folder() / _FILE, kept)
             self._new = False
 
@@ -77,8 +84,21 @@ class OperatorClock:
 
         return rate(products), rate(others)
 
+    def slower(self) -> float:
+        """How many times slower the machine is now than it was at its best; 1.0 for what may be chance. Looked at once."""
+        if self._slower is None:
+            now, best = min(_standard_seconds() for _ in range(2)), self.known.get(_PACE)
+            if best is None or now < best:
+                if best is not None and best > _BUSY * now:  # all that is known was timed on a busy machine
+                    self.known, self._begun_anew = {}, True
+                self.known[_PACE], self._new = now, True
+                best = now
+            self._slower = now / best if now > _BUSY * best else 1.0
+        return self._slower
+
     def _time(self, calls: list[Call]) -> None:
         start = time.perf_counter()
+        slower = self.slower()
         for call in calls:
             always = call in _STANDARD
             spent = time.perf_counter() - start
@@ -86,7 +106,7 @@ class OperatorClock:
                 continue
             seconds = _measure(call)
             if seconds is not None:
-                self.known[digest(call)], self._new = seconds, True
+                self.known[digest(call)], self._new = seconds / slower, True
         self.budget = max(0.0, self.budget - (time.perf_counter() - start))
 
 
@@ -105,7 +125,7 @@ def call_overhead(step: Any, calls: Counter[Call]) -> float:
         start = time.perf_counter()
         step()
         taken.append(time.perf_counter() - start)
-    found = max(0.0, (statistics.median(taken) - clock.seconds(calls)) / sum(calls.values()))
+    found = max(0.0, (statistics.median(taken) / clock.slower() - clock.seconds(calls)) / sum(calls.values()))
     clock.known["overhead"], clock._new = found, True
     clock.save()
     return found
@@ -120,6 +140,11 @@ def _standard(rows: int, inner: int) -> tuple[Call, Call]:
 
 _STANDARD = _standard(256, 1024)
 """Timed always, so that there is a rate of each kind."""
+
+
+def _standard_seconds() -> float:
+    """Of the standard product, now."""
+    return _measure(_STANDARD[0]) or 1.0
 
 
 def _work(call: Call) -> float:

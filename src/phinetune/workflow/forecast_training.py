@@ -23,6 +23,7 @@ from phinetune.lora.config import LoraConfig
 from phinetune.model.compute import available_memory, resident_memory
 from phinetune.model.fast import uses_blocks
 from phinetune.model.folder import resolve_description, weight_files
+from phinetune.model.grid import Grid
 from phinetune.model.load import LoadPlan, load_base_contract, plan_load, read_model_config
 from phinetune.training.checkpointing import check_layer_count
 from phinetune.training.config import fit_to_machine, training_arguments
@@ -228,8 +229,8 @@ class TrainingForecast:
         """Part -> bytes of the step with the largest batch."""
         peak = self._largest_step(variant)[0].peak
         parts = {"process": self._process_bytes(), **{k: v for k, v in sorted(peak.parts.items()) if v}}
-        if variant.quantization is not None:  # what is not in 4 bits lies in the file's pages, which keeps all of them
-            parts["files"] = max(0, self._stored_bytes() - self._kept(variant))
+        if variant.quantization is not None and not self._gives_back(variant):
+            parts["files"] = self._stored_bytes()
         moving = sum(parts.get(k, 0) for k in ("activations", "logits", "temporaries", "gradients"))
         return {**parts, "allocator": int((_SLACK_CHECKPOINTING if variant.checkpoint_layers else _SLACK) * moving)}
 
@@ -251,15 +252,14 @@ class TrainingForecast:
 
         process, stored = self._process_bytes(), self._stored_bytes()
         if variant.quantization is not None:
-            return process + stored + self._estimator(variant).weights
+            return process + (0 if self._gives_back(variant) else stored) + self._estimator(variant).weights
         same = self._stored_dtype() == self.load.dtype
         weights = self._parameters() * torch.empty((), dtype=self.load.dtype).element_size()
         return process + (weights if same else weights + stored)
 
-    def _kept(self, variant: Variant) -> int:
-        """Bytes of a 4-bit model that are pages of the file: what stayed in the dtype that the file has."""
-        same = self._stored_dtype() == self.load.dtype
-        return self._estimator(variant).unquantized if same else 0
+    def _gives_back(self, variant: Variant) -> bool:
+        """True if the file's pages of a weight are given back when it has been quantized: where the file is mapped, not read."""
+        return isinstance(variant.quantization, Grid) or self._stored_dtype() == self.load.dtype
 
     def _estimator(self, variant: Variant) -> StepEstimator:
         from phinetune.training.estimate import StepEstimator, StepSettings
