@@ -1,11 +1,13 @@
 """Time from the command `phinetune finetune` to the end of its first optimizer step, on a model that is on disk.
 
 Each run is a process of its own, from the start of Python on. It runs the command line's own entry, with one change: the listener that
-draws progress notes the clock when training is ready and when the first step is reported, and then ends the process.
+draws progress notes the clock when training is ready and when the first step is reported, and then ends the process. transformers imports
+PEFT and bitsandbytes wherever they are installed, so `beside` says which of them are.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -61,4 +63,5 @@ def measure_first_step(model: str, data: str, runs: int, settings: tuple[str, ..
             for key, values in times.items():
                 values += [round(noted[key] - start, 2)] if run else []
     medians = {f"median_{key}": round(statistics.median(values), 2) for key, values in times.items()}
-    return {"seconds_to": times, **medians, "rows": ROWS}
+    beside = [name for name in ("peft", "bitsandbytes") if importlib.util.find_spec(name) is not None]
+    return {"seconds_to": times, **medians, "rows": ROWS, "beside": beside}

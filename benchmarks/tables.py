@@ -68,7 +68,13 @@ def readme_table(results: dict[str, Any]) -> str:
         shares = [f"{w['arithmetic']['share_counted']:.0%}" if "arithmetic" in w else "-" for w in workloads]
         lines.append("| phinetune's share of the machine's bf16 GEMM rate | " + " | ".join(shares) + " |")
     if "first_step" in results:
-        lines += ["", f"From the command to the end of the first step: {results['first_step']['median_step']:.1f} s."]
+        first = results["first_step"]
+        plain = (
+            " (a plain installation: PEFT and bitsandbytes would be imported as well)"
+            if first.get("beside") == []
+            else ""
+        )
+        lines += ["", f"From the command to the end of the first step: {first['median_step']:.1f} s{plain}."]
     return "\n".join(lines) + "\n"
 
 

@@ -182,6 +182,23 @@ def test_what_a_kill_left_of_a_json_file_neither_bars_the_folder_nor_ends_up_in_
     assert names(tmp_path / "out") == (["checkpoint-5"] if begun else []) + ["manifest.json"]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_kill_just_before_the_folder_is_put_in_place_is_taken_over(
+    resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phinetune.artifact._replace", killed)
+    monkeypatch.setattr("phinetune.artifact._discard", lambda partial: None)  # as if no line ran after the kill
+    with pytest.raises(SystemExit), building(tmp_path / "out", "hf", "k", {}) as partial:
+        (partial / "weights").touch()
+    monkeypatch.undo()
+    assert names(tmp_path / "out.partial") == ["manifest.json", "weights"]
+    check_output(tmp_path / "out", "hf", "k", overwrite=False)
+    assert "unfinished run" in refusal(tmp_path / "out", "hf", "other").problems[0]
+    with building(tmp_path / "out", "hf", "k", {}, resume) as partial:
+        (partial / "other").touch()
+    assert names(tmp_path / "out") == ["manifest.json", "other", *(["weights"] if resume else [])]
+
+
 def killed(*args: Any, **options: Any) -> None:
     raise SystemExit
 

@@ -28,6 +28,7 @@ from phinetune.errors import OutputError
 
 MANIFEST = "manifest.json"
 BUILDING = "building.json"
+_OURS = (BUILDING, MANIFEST)  # either says whose a folder is
 _LIBRARIES = ("phinetune", "torch", "transformers", "safetensors", "onnxruntime", "onnxruntime-genai")
 
 
@@ -173,10 +174,13 @@ def _nearest(path: Path) -> Path:
 
 
 def _partial_key(partial: Path) -> str | None:
-    try:
-        return str(json.loads((partial / BUILDING).read_text(encoding="utf-8"))["key"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    """The key of what is built in `partial`; what is just about to be put in place has its manifest only. None for a stranger's folder."""
+    for name in _OURS:
+        try:
+            return str(json.loads((partial / name).read_text(encoding="utf-8"))["key"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 @contextlib.contextmanager
@@ -197,6 +201,7 @@ def building(folder: Path, kind: str, key: str, record: dict[str, Any], resume: 
                 for file in _half_written(partial):
                     file.unlink()
                 write_json(partial / BUILDING, {"kind": kind, "key": key})
+                (partial / MANIFEST).unlink(missing_ok=True)  # of an attempt that was killed at the very end
                 yield partial
                 certificate = {
                     "kind": kind,
@@ -207,8 +212,8 @@ def building(folder: Path, kind: str, key: str, record: dict[str, Any], resume: 
                 }
                 write_json(partial / MANIFEST, {**certificate, "versions": versions(), **record})
                 _readable(partial)
+                (partial / BUILDING).unlink()
                 _replace(partial, folder)
-                (folder / BUILDING).unlink()
         except BaseException as error:  # after the disk has been asked whether it is full
             if not resume or (partial.is_dir() and not _worth_keeping(partial, error)):
                 _discard(partial)
@@ -222,7 +227,7 @@ def _half_written(partial: Path) -> set[Path]:
 
 def _discard(partial: Path) -> None:
     """Remove a folder that is being built, what says that it is ours last: a kill in between must not make it a stranger's."""
-    for entry in [p for p in partial.iterdir() if p.name != BUILDING] if partial.is_dir() else []:
+    for entry in [p for p in partial.iterdir() if p.name not in _OURS] if partial.is_dir() else []:
         shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
 
