@@ -281,6 +281,14 @@ def test_the_unfinished_run_of_other_settings_is_discarded_only_if_told_so(tmp_p
     assert (tmp_path / "out.partial" / "checkpoint-5").is_dir()
 
 
+def test_a_manifest_of_another_program_does_not_make_a_folder_ours(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "manifest.json").write_text('{"key": "k", "name": "an extension"}')
+    assert "did not write" in refusal(tmp_path / "out", "adapter", "k", overwrite=True).problems[0]
+    assert names(partial) == ["manifest.json"]
+
+
 @pytest.mark.parametrize("building_json", [None, "{}", "{", pytest.param("[]", id="a list")])
 def test_somebody_else_s_partial_folder_is_left_alone(building_json: str | None, tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"

@@ -177,7 +177,8 @@ def _partial_key(partial: Path) -> str | None:
     """The key of what is built in `partial`; what is just about to be put in place has its manifest only. None for a stranger's folder."""
     for name in _OURS:
         try:
-            return str(json.loads((partial / name).read_text(encoding="utf-8"))["key"])
+            found = json.loads((partial / name).read_text(encoding="utf-8"))
+            return str(found["key"]) if found["kind"] else None  # other programs' manifests may have a key as well
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
