@@ -137,10 +137,24 @@ def test_under_autocast_the_product_has_its_dtype() -> None:
 
 def test_a_target_outside_the_vocabulary_is_an_error() -> None:
     hidden, weight, bias, targets = head_of()
-    for wrong in (-100, V):
+    for wrong in (-5, V):
         targets[2] = wrong
         with pytest.raises((IndexError, RuntimeError)):
             chunked_cross_entropy(hidden, weight, bias, targets)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [3, 1000])
+def test_a_masked_row_is_not_counted_and_gets_no_gradient(chunk: int, smoothing: float) -> None:
+    hidden, weight, bias, targets = head_of(bias=True)
+    keep = torch.arange(len(targets)) % 4 != 1
+    expected = summed_cross_entropy(nn.functional.linear(hidden[keep], weight, bias), targets[keep], smoothing)
+    ours = chunked_cross_entropy(hidden, weight, bias, targets.where(keep, -100), smoothing, chunk)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+    for a, b in zip(
+        gradients_of(ours, hidden, weight, bias), gradients_of(expected, hidden, weight, bias), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_rows_of_a_chunk() -> None:

@@ -246,7 +246,7 @@ def test_plain_rows_may_go_to_torchs_kernel_while_trees_stay_in_blocks(
 ) -> None:
     batch, kinds = layout(rows()), list[str]()
     expected = loss_and_gradients(trained_model("llama", FastPaths.none()), batch, FastPaths.none())
-    paths = FastPaths(fused_rows=True)
+    paths = FastPaths(fused_rows=True, kernels=False)
     model = trained_model("llama", paths)
     assert uses_blocks(model)
     for name in ("tree_attention", "causal_attention"):

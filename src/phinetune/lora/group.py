@@ -1,9 +1,11 @@
 """LoRA layers that share their input, such as the projections to query, key and value: one autograd function for all of them.
 
 Each alone multiplies x with factors of r columns, a product too slim to be fast, forms a gradient of x, and leaves it to autograd to add
-these up. Together (A stacked: one product x Aᵀ of all ranks, one Aᵀ-gradient, one sum)
+these up. Together (A stacked, B block-diagonal, y and g side by side in one tensor each) all ranks are one product:
 
-    y_i = x W_iᵀ + b_i + s_i · (x Aᵀ)_i B_iᵀ        dx = Σ g_i W_i + U A        dA = Uᵀ x        dB_i = s_i · g_iᵀ (x Aᵀ)_i        U_i = s_i · g_i B_i
+    y = x Wᵀ + b + s · (x Aᵀ) Bᵀ        dx = Σ g_i W_i + s · U A        dA = s · Uᵀ x        dB = s · gᵀ (x Aᵀ), its blocks        U = g B
+
+What is multiplied with B's zeros costs nothing: processors multiply at least 32 columns at a time, and a call costs as much as they do.
 
 The model keeps calling its layers one by one: the first one called with x computes for all, the others, given the very same tensor,
 take what is theirs. Given another tensor, a layer computes for itself: nothing depends on the order or on being called at all.
@@ -16,7 +18,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phinetune.lora.frozen import dense, is_quantized
@@ -38,61 +39,80 @@ def shared_linears_reference(x: Tensor, layers: list[Linear]) -> list[Tensor]:
 
 
 class SharedInputFunction(torch.autograd.Function):
-    """(x (..., in), scalings, folded, then W (out_i, in), b (out_i) | None, A (r_i, in), B (out_i, r_i) of each) -> y_i (..., out_i)."""
+    """(x (..., in), scaling, folded, then W (out_i, in), b (out_i) | None, A (r_i, in), B (out_i, r_i) of each) -> y_i (..., out_i)."""
 
     @staticmethod
-    def forward(ctx, x, scalings, folded, *tensors):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, scaling, folded, *tensors):  # type: ignore[no-untyped-def]
         parts = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
-        A = torch.cat([a for _, _, a, _ in parts]).to(x.dtype)  # (sum of ranks, in)
-        Bs = [b.to(x.dtype) for *_, b in parts]
-        down = flat @ A.t()  # (N, sum of ranks)
-        results, start = [], 0
-        for (weight, bias, a, _), B, scaling in zip(parts, Bs, scalings, strict=True):
-            y = F.linear(x, dense(weight, x.dtype), bias)
-            if not folded:
-                y.view(-1, y.shape[-1]).addmm_(down[:, start : start + len(a)], B.t(), alpha=scaling)
-            results.append(y)
-            start += len(a)
+        A = torch.cat([a for _, _, a, _ in parts]).to(x.dtype)  # (R, in), R the sum of ranks
+        B: Tensor = torch.block_diag(*[b.to(x.dtype) for *_, b in parts])  # type: ignore[no-untyped-call]  # (sum of out_i, R)
+        down = flat @ A.t()  # (N, R)
+        y, start = flat.new_empty(len(flat), len(B)), 0
+        results = []
+        for weight, bias, _, b in parts:
+            own = y[:, start : start + len(b)]
+            if bias is None:
+                torch.mm(flat, dense(weight, x.dtype).t(), out=own)
+            else:
+                torch.addmm(bias, flat, dense(weight, x.dtype).t(), out=own)
+            results.append(own.view(*x.shape[:-1], len(b)).data)  # no view: models may change it in place
+            start += len(b)
+        if not folded:
+            y.addmm_(down, B.t(), alpha=scaling)
         ctx.weights = [weight for weight, *_ in parts if is_quantized(weight)]
         plain = [weight for weight, *_ in parts] if not ctx.weights else []
-        ctx.save_for_backward(flat, down, A, *Bs, *plain)
-        ctx.scalings, ctx.folded, ctx.shape = scalings, folded, x.shape
-        ctx.ranks, ctx.dtypes = [len(a) for _, _, a, _ in parts], [(a.dtype, b.dtype) for _, _, a, b in parts]
+        ctx.save_for_backward(flat, down, A, B, *plain)
+        ctx.scaling, ctx.folded, ctx.shape = scaling, folded, x.shape
+        ctx.sizes = [(b.shape, a.dtype, b.dtype) for _, _, a, b in parts]
         ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        n = len(ctx.ranks)
-        flat, down, A, *rest = ctx.saved_tensors
-        Bs, weights = rest[:n], ctx.weights or rest[n:]
-        g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        U = flat.new_zeros(len(flat), len(A)) if any(one is None for one in g) else flat.new_empty(len(flat), len(A))
-        grad_x, start = None, 0
+        flat, down, A, B, *weights = ctx.saved_tensors
+        weights = ctx.weights or weights
+        widths = [out for (out, _), *_ in ctx.sizes]
+        pairs = zip(grads, widths, strict=True)
+        g = _side_by_side([flat.new_zeros(len(flat), n) if d is None else d.reshape(-1, n) for d, n in pairs], widths)
+        U = g @ B  # (N, R)
+        grad_x, high, low = None, 0, 0
+        if any(ctx.needs_input_grad[5::4]):
+            grad_A = U.t() @ flat
+        if any(ctx.needs_input_grad[6::4]):
+            grad_B = g.t() @ down  # (sum of out_i, R); what is not on its diagonal of blocks is not wanted
         result: list[Any] = []
-        for i, (one, B, rank) in enumerate(zip(g, Bs, ctx.ranks, strict=True)):
-            columns = slice(start, start + rank)
-            start += rank
-            if one is None:
+        for i, ((out, rank), a_dtype, b_dtype) in enumerate(ctx.sizes):
+            rows, columns = slice(high, high + out), slice(low, low + rank)
+            high, low, one = high + out, low + rank, g[:, rows]
+            if grads[i] is None:
                 result += [None] * 4
                 continue
-            U[:, columns] = (one @ B).mul_(ctx.scalings[i])
             if ctx.needs_input_grad[0]:
                 W = dense(weights[i], one.dtype)
                 grad_x = one @ W if grad_x is None else grad_x.addmm_(one, W)
             needs = ctx.needs_input_grad[3 + 4 * i : 7 + 4 * i]
-            grad_B = (one.t() @ down[:, columns]).to(ctx.dtypes[i][1]).mul_(ctx.scalings[i]) if needs[3] else None
-            result += [one.t() @ flat if needs[0] else None, one.sum(0) if needs[1] else None, columns, grad_B]
+            result += [one.t() @ flat if needs[0] else None, one.sum(0) if needs[1] else None]
+            result.append(grad_A[columns].to(a_dtype).mul_(ctx.scaling) if needs[2] else None)
+            result.append(grad_B[rows, columns].to(b_dtype).mul_(ctx.scaling) if needs[3] else None)
         if grad_x is not None:
-            grad_x = (grad_x if ctx.folded else grad_x.addmm_(U, A)).view(ctx.shape)
-        grad_A = U.t() @ flat
-        for i in range(n):
-            columns = result[4 * i + 2]
-            if columns is not None:
-                result[4 * i + 2] = grad_A[columns].to(ctx.dtypes[i][0])
+            grad_x = (grad_x if ctx.folded else grad_x.addmm_(U, A, alpha=ctx.scaling)).view(ctx.shape)
         return grad_x, None, None, *result
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+def _side_by_side(grads: list[Tensor], widths: list[int]) -> Tensor:
+    """(N, sum of widths): the gradients, (N, width) each, in one tensor; nothing is copied where they lie in one already."""
+    first, whole, at = grads[0], sum(widths), grads[0].storage_offset()
+    for grad, width in zip(grads, widths, strict=True):
+        if grad.stride() != (whole, 1) or grad.storage_offset() != at or not _share_memory(grad, first):
+            return torch.cat(grads, dim=1)
+        at += width
+    return first.as_strided((len(first), whole), (whole, 1))
 
 
 class SharedInput:
@@ -113,12 +133,11 @@ class SharedInput:
         if layer is not self.layers[0] or not _ordinary(x) or not all(_plain(one) for one in self.layers):
             return None
         weights, folded = zip(*(frozen_or_folded(one) for one in self.layers), strict=True)
-        if len(set(folded)) > 1:
+        if len(set(folded)) > 1 or len({one.scaling for one in self.layers}) > 1:
             return None
         pairs = zip(weights, self.layers, strict=True)
         operands = [t for weight, one in pairs for t in (weight, one.bias, one.lora_A, one.lora_B)]
-        scalings = tuple(one.scaling for one in self.layers)
-        results = SharedInputFunction.apply(x, scalings, folded[0], *operands)  # type: ignore[no-untyped-call]
+        results = SharedInputFunction.apply(x, layer.scaling, folded[0], *operands)  # type: ignore[no-untyped-call]
         self._ready = {id(one): y for one, y in zip(self.layers[1:], results[1:], strict=True)}
         self._input = x
         first: Tensor = results[0]

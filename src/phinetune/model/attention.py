@@ -101,7 +101,8 @@ def _backward(
     return dq, dk, dv
 
 
-def _kept(keys: int, width: int) -> bool:
+def keeps_probabilities(keys: int, width: int) -> bool:
+    """True if P over so many keys is kept for the backward pass, for heads of so many numbers."""
     return keys <= _KEPT_UP_TO * width
 
 
@@ -114,7 +115,7 @@ class CausalAttention(torch.autograd.Function):
         G = key.shape[1]
         q = (query * scaling).reshape(B * G, H // G, T, D)
         k, v = key.reshape(B * G, T, D), value.reshape(B * G, T, value.shape[-1])
-        out, kept = _forward(q, k, v, _kept(T, D))
+        out, kept = _forward(q, k, v, keeps_probabilities(T, D))
         ctx.save_for_backward(q, k, v, *kept)
         ctx.scaling, ctx.shapes = scaling, (query.shape, key.shape, value.shape)
         return out.view(B, H, T, -1).transpose(1, 2).contiguous()
@@ -182,7 +183,7 @@ class TreeAttention(torch.autograd.Function):
         q = (query[0].transpose(0, 1) * scaling).contiguous()  # (T, H, D)
         k, v = key[0].transpose(0, 1).contiguous(), value[0].transpose(0, 1).contiguous()  # (T, G, D)
         saved, parts = [q, k, v], []
-        keep = _kept(tree.prefix + max((g.length for g in tree.groups), default=0), q.shape[-1])
+        keep = keeps_probabilities(tree.prefix + max((g.length for g in tree.groups), default=0), q.shape[-1])
         counts = []
         for operands in _operands(tree, q, k, v, G):
             out, kept = _forward(*operands, keep)

@@ -45,7 +45,7 @@ def choose_rows(
     length, heads = typical_length(lengths), _heads(config)
     if device.type != "cpu" or heads is None or length == 0:
         return dataclasses.replace(paths, fused_rows=False)
-    blocks, fused = attention_seconds(*heads, dtype, length)
+    blocks, fused = attention_seconds(*heads, dtype, length, paths.kernels)
     if fused > _PAYS_FROM * blocks:
         return dataclasses.replace(paths, fused_rows=False)
     on_event(
@@ -62,20 +62,25 @@ def typical_length(lengths: Sequence[int]) -> int:
     return round(sum(n * n for n in lengths) / sum(lengths)) if sum(lengths) else 0
 
 
-def attention_seconds(heads: int, groups: int, width: int, dtype: torch.dtype, length: int) -> tuple[float, float]:
+def attention_seconds(
+    heads: int, groups: int, width: int, dtype: torch.dtype, length: int, built: bool = True
+) -> tuple[float, float]:
     """(in blocks, fused) seconds of attention, forward and backward, on rows of about `length` tokens. Measured once.
 
-    heads: of queries; groups: of keys and values; width: numbers in a head.
+    heads: of queries; groups: of keys and values; width: numbers in a head; built: with the compiled functions, where they are.
     """
     import torch
+
+    from phinetune.model.kernels import library
 
     rounded = min(_LONGEST, max(_SHORTEST, 1 << (length - 1).bit_length()))
     ratio = heads // groups
     groups = min(groups, 2 * torch.get_num_threads())  # as many as keep every thread busy tell as much as all of them
-    key = content_key("attention", machine_key(), ratio * groups, groups, width, str(dtype), rounded)[:16]
+    built = built and library() is not None
+    key = content_key("attention", machine_key(), ratio * groups, groups, width, str(dtype), rounded, built)[:16]
     entry = read_measured(key)
     if not entry:
-        blocks, fused = _measure(ratio * groups, groups, width, dtype, rounded)
+        blocks, fused = _measure(ratio * groups, groups, width, dtype, rounded, built)
         entry = {"attention": rounded, "blocks": round(blocks, 6), "fused": round(fused, 6)}
         keep_measured(key, entry)
     return float(entry["blocks"]), float(entry["fused"])
@@ -92,28 +97,41 @@ def _heads(config: Any) -> tuple[int, int, int] | None:
     return None if heads % groups else (heads, groups, getattr(text, "head_dim", None) or hidden // heads)
 
 
-def _measure(heads: int, groups: int, width: int, dtype: torch.dtype, length: int) -> tuple[float, float]:
-    """Medians of a few rounds in which both are timed in turn."""
+def _measure(heads: int, groups: int, width: int, dtype: torch.dtype, length: int, built: bool) -> tuple[float, float]:
+    """Medians of a few rounds in which both are timed in turn, positions included where the compiled functions turn them."""
     import torch
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     from phinetune.model.attention import causal_attention
+    from phinetune.model.rotary import plan_rows, rotary_attention
 
     rows, scaling = max(1, _TOKENS // length), width**-0.5
-    sizes = [(rows, n, length, width) for n in (heads, groups, groups)]
-    operands = [torch.full(size, 0.5, dtype=dtype, requires_grad=True) for size in sizes]
+    states = [
+        torch.full((rows, length, n * width), 0.5, dtype=dtype, requires_grad=True) for n in (heads, groups, groups)
+    ]
+    angles = torch.full((1, length, width), 0.5, dtype=dtype)
 
-    def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
+    def turned() -> list[torch.Tensor]:
+        q, k, v = (x.view(rows, length, -1, width).transpose(1, 2) for x in states)
+        return [*(apply_rotary_pos_emb(q, k, angles, angles) if built else (q, k)), v]
+
+    def fused() -> torch.Tensor:
+        q, *others = turned()
+        k, v = (x.repeat_interleave(heads // groups, dim=1) for x in others)
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
         return out.transpose(1, 2).contiguous()
 
-    def blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return causal_attention(q, k, v, scaling)
+    def blocks() -> torch.Tensor:
+        if not built:
+            q, k, v = turned()
+            return causal_attention(q, k, v, scaling)
+        flat, at = [x.view(rows * length, -1) for x in states], angles.expand(rows, -1, -1).reshape(-1, width)
+        return rotary_attention(flat, at, at, heads, groups, scaling, plan_rows(rows, length))
 
-    def seconds(attention: Callable[..., torch.Tensor]) -> float:
+    def seconds(attention: Callable[[], torch.Tensor]) -> float:
         start = time.perf_counter()
-        out = attention(*operands)
-        torch.autograd.grad(out, operands, torch.ones_like(out))
+        out = attention()
+        torch.autograd.grad(out, states, torch.ones_like(out))
         return time.perf_counter() - start
 
     rounds = [(seconds(blocks), seconds(fused)) for _ in range(_ROUNDS + 1)][1:]

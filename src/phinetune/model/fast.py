@@ -9,7 +9,9 @@ Not here: the arithmetic (`attention.py`, `norm.py`), LoRA's own fast paths (`lo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,9 @@ class FastPaths:
     faster."""
     norm: bool = True
     """Root-mean-square normalization in one function."""
+    kernels: bool = True
+    """On a CPU: what stands between the products (normalization, the gated activation, positions, rows and softmax of attention) by compiled
+    functions, where they were built."""
     linear: bool = True
     """Each LoRA layer in one autograd function."""
     grouped: bool = True
@@ -45,6 +50,8 @@ class FastPaths:
     """The last layer's MLP only where a learned token is predicted."""
     chunked_loss: bool = True
     """Cross-entropy and its gradient a piece at a time, never all logits at once."""
+    rounded: bool = True
+    """Batches filled up so that few shapes of products occur: each new one is compiled by oneDNN."""
     compiled: bool = False
     """Each decoder layer through torch's compiler: half a minute to two at the start, for a few per cent."""
 
@@ -78,18 +85,23 @@ def speed_up(model: Any, paths: FastPaths, on_event: OnEvent = log_event) -> Any
     Only on a CPU; elsewhere torch's own kernels are the fast ones. A model on torch's meta device, which stands for one on the CPU, gets
     what it can have without being tried.
     """
-    if model.device.type not in ("cpu", "meta") or not (paths.attention or paths.norm):
+    from phinetune.model.kernels import library
+
+    if model.device.type not in ("cpu", "meta"):
         return model
-    if model.device.type == "meta":
-        if paths.attention and _takes_our_attention(model):
-            _set_attention(model, TREES if paths.fused_rows else ATTENTION)
-        if paths.norm and not paths.compiled:
-            _exchange_norms(model)
-        return model
+    tried = True
     if paths.attention and _takes_our_attention(model):
-        _exchange_attention(model, TREES if paths.fused_rows else ATTENTION, on_event)
-    if paths.norm and not paths.compiled:  # the compiler joins these operators itself
-        _exchange_norms(model)
+        name = TREES if paths.fused_rows else ATTENTION
+        if model.device.type == "meta":
+            _set_attention(model, name)
+        else:
+            tried = _exchange_attention(model, name, on_event)
+    if paths.compiled:  # the compiler joins these operators itself
+        return model
+    if paths.norm:
+        _exchange_norms(model, paths.kernels)
+    if paths.kernels and tried and library() is not None:
+        _exchange_forwards(model, on_event)
     return model
 
 
@@ -133,29 +145,27 @@ def _functions() -> dict[str, Any]:
     return {ATTENTION: attention_forward, TREES: trees_forward}
 
 
-def _exchange_attention(model: Any, name: str, on_event: OnEvent) -> None:
+def _exchange_attention(model: Any, name: str, on_event: OnEvent) -> bool:
     """Put our attention called `name` into `model` if it computes what torch's does on the model's own queries, keys and values.
 
-    Compared layer by layer and not by what the whole model answers: on rare tokens, bfloat16's rounding alone turns answers over.
+    False if the model cannot be tried. Compared layer by layer and not by what the whole model answers: on rare tokens, bfloat16's rounding alone turns answers over.
     """
-    import torch
-
     was = model.config._attn_implementation
     try:
         difference = _difference(model)
     except Exception as error:  # a foreign model may want anything; it is left as it is
         _set_attention(model, was)
         on_event(Note(f"model: attention is left as it is; it cannot be tried ({first_line(error)})"))
-        return
-    same = difference is not None and difference <= (1e-3 if model.dtype == torch.float32 else 0.05)
+        return False
+    same = difference is not None and difference <= _tolerance(model)
     _set_attention(model, name if same else was)
     if not same and difference is not None:
         on_event(Note("model: attention in blocks computes something else than the model's own, left out"))
+    return True
 
 
 def _difference(model: Any) -> float | None:
     """The largest difference of any layer between the two, as a share of the largest number; None if the model calls neither."""
-    import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     ours = _functions()[ATTENTION]
@@ -168,15 +178,8 @@ def _difference(model: Any) -> float | None:
         found.append(error / max(float(expected.float().abs().max()), 1e-30))
         return expected, None
 
-    training = model.training
-    model.eval()
-    try:
-        _set_attention(model, _BOTH, both)
-        ids = torch.arange(2, 26).remainder(model.config.get_text_config().vocab_size).view(2, 12)
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-    finally:
-        model.train(training)
+    _set_attention(model, _BOTH, both)
+    _ask(model)
     return max(found, default=None)
 
 
@@ -194,12 +197,79 @@ def _set_attention(model: Any, name: str, function: Any = None) -> None:
         model.set_attn_implementation(name)
 
 
-def _exchange_norms(model: Any) -> None:
-    """Exchange the normalizations that `norm.stand_in` has tried and can stand in for."""
+def _exchange_norms(model: Any, built: bool) -> None:
+    """Exchange the normalizations that `norm.stand_in` has tried and can stand in for; `built`: by the compiled functions."""
     from phinetune.model.norm import stand_in
 
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
-            fast = stand_in(module)
+            fast = stand_in(module, built)
             if fast is not None:
                 setattr(parent, name, fast.train(module.training))
+
+
+def _exchange_forwards(model: Any, on_event: OnEvent) -> None:
+    """Give attentions and MLPs the forwards of `rotary` and `gated` where these compute what their own do on the model's own numbers.
+
+    The modules stay, with all they hold; what they compute is looked at once, layer by layer. Without numbers nothing is tried.
+    """
+    from phinetune.model import gated, rotary
+
+    blocks = uses_blocks(model)
+    kinds: list[tuple[Any, list[Any]]] = [
+        (rotary.forward, [m for m in model.modules() if blocks and rotary.could_be_rotary(m)])
+    ]
+    kinds.append((gated.forward, [m for m in model.modules() if gated.could_be_gated(m)]))
+    forwards = {id(module): functools.partial(forward, module) for forward, found in kinds for module in found}
+    found = [module for _, modules in kinds for module in modules if "forward" not in vars(module)]
+    if model.device.type != "meta":
+        try:
+            same = _same_forwards(model, found, forwards)
+        except Exception as error:  # a foreign model may want anything; it is left as it is
+            on_event(Note(f"model: its layers are left as they are; they cannot be tried ({first_line(error)})"))
+            return
+        found = [module for module in found if id(module) in same]
+    for module in found:
+        module.forward = forwards[id(module)]
+
+
+def _same_forwards(model: Any, modules: list[Any], forwards: dict[int, Any]) -> set[int]:
+    """The ids of those `modules` whose own output, for the inputs that they get in the model, is that of `forwards` as well."""
+    differences: dict[int, float] = {}
+    first: Any = operator.itemgetter(0)
+
+    def compare(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        made = forwards[id(module)](*args, **kwargs)
+        expected, made = (first(x) if isinstance(x, tuple) else x for x in (output, made))
+        error = float((made - expected).float().abs().max()) if made.shape == expected.shape else math.inf
+        share = error / max(float(expected.float().abs().max()), 1e-30)
+        differences[id(module)] = max(share, differences.get(id(module), 0.0))
+
+    handles = [module.register_forward_hook(compare, with_kwargs=True) for module in modules]
+    try:
+        _ask(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {key for key, difference in differences.items() if difference <= _tolerance(model)}
+
+
+def _ask(model: Any) -> None:
+    """Run `model` on a few tokens, in evaluation mode and without a cache."""
+    import torch
+
+    training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(2, 26).remainder(model.config.get_text_config().vocab_size).view(2, 12)
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        model.train(training)
+
+
+def _tolerance(model: Any) -> float:
+    """The largest difference that rounding explains, as a share of the largest number."""
+    import torch
+
+    return 1e-3 if model.dtype == torch.float32 else 0.05

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phinetune.model import kernels
+
 _AT_ONCE = 1 << 18  # elements in float32 at a time: 1 MB
 
 
@@ -31,8 +33,13 @@ class RmsNormFunction(torch.autograd.Function):
     """See the module's head."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, eps, built):  # type: ignore[no-untyped-def]
         flat, width = x.reshape(-1, x.shape[-1]), torch.promote_types(x.dtype, torch.float32)
+        ctx.built = built and kernels.usable(x, weight)
+        if ctx.built and flat.is_contiguous() and flat.shape[1] <= kernels.WIDEST:
+            y, inverse = kernels.rms_norm(flat, weight.float(), eps)
+            ctx.save_for_backward(flat, weight, inverse.unsqueeze(1))
+            return y.view(x.shape)
         y, inverse = torch.empty_like(flat), flat.new_empty(len(flat), 1, dtype=width)
         for rows, part in _parts(flat):
             wide = part.to(width, copy=True)
@@ -47,6 +54,13 @@ class RmsNormFunction(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight, inverse = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
+        if ctx.built and not ctx.needs_input_grad[1] and kernels.usable(flat, x) and flat.shape[1] <= kernels.WIDEST:
+            return (
+                kernels.rms_norm_backward(flat.contiguous(), x, weight.float(), inverse).view(grad.shape),
+                None,
+                None,
+                None,
+            )
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight, dtype=inverse.dtype) if ctx.needs_input_grad[1] else None
         for rows, part in _parts(flat):
@@ -57,7 +71,7 @@ class RmsNormFunction(torch.autograd.Function):
                 g = (part * weight).to(inverse.dtype)
                 along = torch.linalg.vecdot(g, normed).unsqueeze(-1).div_(-x.shape[1])
                 dx[rows] = normed.mul_(along).add_(g).mul_(inverse[rows])
-        return None if dx is None else dx.view(grad.shape), None if dw is None else dw.to(weight.dtype), None
+        return None if dx is None else dx.view(grad.shape), None if dw is None else dw.to(weight.dtype), None, None
 
 
 def _parts(flat: Tensor) -> list[tuple[slice, Tensor]]:
@@ -65,29 +79,32 @@ def _parts(flat: Tensor) -> list[tuple[slice, Tensor]]:
     return [(slice(i, i + rows), flat[i : i + rows]) for i in range(0, len(flat), rows)]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., h), weight (h) -> (..., h) in the wider of their dtypes, as `rms_norm_reference`."""
-    result: Tensor = RmsNormFunction.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+def rms_norm(x: Tensor, weight: Tensor, eps: float, built: bool = True) -> Tensor:
+    """x (..., h), weight (h) -> (..., h) in the wider of their dtypes, as `rms_norm_reference`; `built`: by the compiled functions, if they serve."""
+    result: Tensor = RmsNormFunction.apply(x, weight, eps, built)  # type: ignore[no-untyped-call]
     return result
 
 
 class RMSNorm(nn.Module):
     """Stands for a model's own normalization, over its own weight."""
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+    def __init__(self, weight: nn.Parameter, eps: float, built: bool = True) -> None:
         super().__init__()
-        self.weight, self.eps = weight, eps
+        self.weight, self.eps, self.built = weight, eps, built
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.built)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
 @torch.no_grad()
-def stand_in(module: nn.Module) -> RMSNorm | None:
-    """An `RMSNorm` for `module` if it is one that computes exactly this, else None: found by its name and by trying it."""
+def stand_in(module: nn.Module, built: bool = True) -> RMSNorm | None:
+    """An `RMSNorm` for `module` if it is one that computes exactly this, else None: found by its name and by trying it.
+
+    `built`: it computes by the compiled functions, where they serve.
+    """
     weight: Any = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or eps is None or not isinstance(weight, nn.Parameter):
@@ -102,10 +119,10 @@ def stand_in(module: nn.Module) -> RMSNorm | None:
                 small: Any = type(module)(8, eps=float(eps))
         except TypeError:
             return None
-        return None if stand_in(small) is None else RMSNorm(weight, float(eps))
+        return None if stand_in(small) is None else RMSNorm(weight, float(eps), built)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, len(weight), generator=generator).to(weight)
-    fast = RMSNorm(weight, float(eps))
+    fast = RMSNorm(weight, float(eps), built)
     try:
         theirs = module(x)
     except Exception:  # a foreign module that wants something else than rows

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from phinetune.data.encoding import MASKED
+
 CHUNK_BYTES = 64 * 2**20
 """What the logits of one chunk may take: 682 rows of 49 152 bfloat16 logits, 522 of Phi-3's 32 064 in float32."""
 _CACHED_BYTES = 2**20  # float32 rows that the passes of a softmax find again in a core's cache
@@ -41,7 +43,7 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Summed cross-entropy of `hidden` (N, h) under the head `weight` (V, h), `bias` (V) at `targets` (N,): scalar, at least float32.
 
-    `chunk` is the number of rows whose logits exist at a time (None: as many as fit into CHUNK_BYTES). Products are in hidden's dtype,
+    A row whose target is -100 is not counted. `chunk` is the number of rows whose logits exist at a time (None: as many as fit into CHUNK_BYTES). Products are in hidden's dtype,
     or autocast's where that is on; softmax and sum are in float32 (float64 for float64). With logits z = W x + b, p = softmax(z) and
     torch's definition of smoothing by s over V classes, a row's target is the distribution q = (1 - s) onehot(t) + s / V, its loss
 
@@ -151,16 +153,20 @@ def _losses(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -
     step = chunk_rows(vocabulary, wide, _CACHED_BYTES * torch.get_num_threads()) if logits.is_cpu else len(logits)
     losses = logits.new_empty(len(logits), dtype=wide)
     for start in range(0, len(logits), step):
-        piece, at = logits[start : start + step], targets[start : start + step].unsqueeze(1)  # (m, V), (m, 1)
+        piece, wanted = logits[start : start + step], targets[start : start + step].unsqueeze(1)  # (m, V), (m, 1)
+        counts = wanted != MASKED
+        at = wanted.where(counts, 0)
         scores = F.log_softmax(piece, -1, dtype=wide)
         loss = -scores.gather(1, at)
         if smoothing:
             loss = (1 - smoothing) * loss - smoothing / vocabulary * scores.sum(1, keepdim=True)
-        losses[start : start + step] = loss.squeeze(1)
+        losses[start : start + step] = loss.masked_fill(~counts, 0).squeeze(1)
         if gradient:
             scores.exp_()
             if smoothing:
                 scores.sub_(smoothing / vocabulary)
             scores.scatter_add_(1, at, scores.new_full(at.shape, smoothing - 1))
             piece.copy_(scores)
+            if not (logits.is_cpu and bool(counts.all())):
+                piece.masked_fill_(~counts, 0)
     return losses

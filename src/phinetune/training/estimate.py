@@ -168,8 +168,8 @@ def trace_step(
     try:
         with trace:
             last = last_mlp(model) if fast_paths.last_rows else None
-            head, chunked = model.get_output_embeddings(), fast_paths.chunked_loss
-            loss = supervised_loss(model, head, batch, model.dtype, None, label_smoothing, chunked, last)
+            head, chunked, rounded = model.get_output_embeddings(), fast_paths.chunked_loss, fast_paths.rounded
+            loss = supervised_loss(model, head, batch, model.dtype, None, label_smoothing, chunked, last, rounded)
             trace.phase = "backward"
             torch.autograd.backward(loss)
     finally:

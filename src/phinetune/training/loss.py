@@ -38,6 +38,12 @@ def learned_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     return positions, shifted[positions]
 
 
+def _filled_up(positions: Tensor, targets: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """`positions` and `targets` up to a multiple of 16, so that few shapes occur: with the row's last position, which predicts nothing."""
+    filler = min(-len(targets) % 16, tokens - len(targets))
+    return F.pad(positions, (0, filler), value=tokens - 1), F.pad(targets, (0, filler), value=MASKED)
+
+
 @contextlib.contextmanager
 def head_only_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
     """Inside, `head` gets only the rows `positions` of its (B, T, hidden) input, as (N, hidden)."""
@@ -126,16 +132,21 @@ def supervised_loss(
     label_smoothing: float = 0.0,
     chunked: bool = True,
     last: nn.Module | None = None,
+    rounded: bool = False,
 ) -> Tensor:
     """Summed cross-entropy over the batch's learned tokens, divided by `count` (their number in this batch if None). Scalar, float32.
 
     `model` may be wrapped (DDP); `head` is its output layer. `chunked=False` is the reference: all (N, vocabulary) logits at once.
     `last`, if given, is the last layer's MLP, to be computed at the learned positions only (`rows.py`).
+    `rounded`: computed at a multiple of 16 positions, so that few shapes occur.
     Raises TrainingError if no token of the batch is learned: never a loss of 0.0.
     """
     positions, targets = learned_positions(batch["labels"])
     if not len(targets):
         raise TrainingError("a batch has no learned token", "every example needs an answer within max_length")
+    learned = len(targets)
+    if rounded:
+        positions, targets = _filled_up(positions, targets, batch["labels"].numel())
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
     if "tree" in batch:
         inputs |= {"position_ids": batch["position_ids"], "attention_mask": tree_mask(model, batch["tree"], dtype)}
@@ -154,4 +165,4 @@ def supervised_loss(
         )
     else:
         total = summed_cross_entropy(made, targets, label_smoothing)
-    return total / (len(targets) if count is None else count)
+    return total / (learned if count is None else count)

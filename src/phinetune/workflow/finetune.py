@@ -122,7 +122,10 @@ def finetune(
         )
         layout = choose_layout(session.model, asked.training.layout, train.longest, on_event)
         dense = not uses_blocks(session.model)
-        collator, resume = Collator(contract.pad_token_id, width, layout, dense), asked.training.resume_from_checkpoint
+        collator, resume = (
+            Collator(contract.pad_token_id, width, layout, dense, fast.rounded),
+            asked.training.resume_from_checkpoint,
+        )
         wanted = test if asked.training.values.get("do_eval") is not False else test.subset([])
         if load_plan.device.type == "cpu" and asked.training.keep_freed_memory:
             keep_freed_memory()

@@ -282,7 +282,13 @@ class TrainingForecast:
         if layout == "auto" and padded_reason(self._estimator(variant).model, self.train.longest) is not None:
             layout = "padded"
         dense = not uses_blocks(self._estimator(variant).model)
-        return Collator(self.pad_id, self.config.get_text_config().hidden_size, layout, dense)
+        return Collator(
+            self.pad_id,
+            self.config.get_text_config().hidden_size,
+            layout,
+            dense,
+            self.asked.training.fast_paths.rounded,
+        )
 
     def _steps(self, variant: Variant) -> int:
         a = self.arguments

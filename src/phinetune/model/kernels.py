@@ -1,0 +1,187 @@
+"""The functions of `kernels.c` as operators of torch: normalization, the gated activation, and what attention does around its products.
+
+They are built when phinetune is installed where there is a C compiler. Where they are missing, and for tensors that they cannot read,
+`usable` says no and callers take torch's own operators, the reference of each; `phinetune info` tells whether they are there. Every one
+takes and gives bfloat16 or float32 and computes in float32. As operators they have a form for tensors without numbers, too, so that what
+follows or times a step (the planner, torch's profiler, the count of operations) sees them like any other.
+
+Not here: autograd (`norm.py`, `gated.py`, `rotary.py`), matrix products.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_ARGUMENTS = {
+    "rms_norm": (_P, _P, _P, _P, _N, _N, _F, _I),
+    "rms_norm_backward": (_P, _P, _P, _P, _P, _N, _N, _I),
+    "silu_gate": (_P, _N, _P, _N, _P, _N, _N, _I),
+    "silu_gate_backward": (_P, _P, _N, _P, _N, _P, _P, _N, _N, _N, _I),
+    "gather_heads": (_P, _N, _P, _P, _N, _P, _P, _N, _N, _N, _N, _F, _I),
+    "scatter_heads": (_P, _P, _P, _P, _P, _N, _P, _N, _N, _N, _N, _F, _I),
+    "causal_softmax": (_P, _N, _N, _N, _N, _I),
+    "softmax_backward": (_P, _P, _N, _N, _I),
+}
+WIDEST = 8192
+"""Numbers in a row of a normalization, or in a head, at most."""
+_DTYPES = (torch.bfloat16, torch.float32)
+_PLAIN = (Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor)
+_OPERATORS: Any = torch.library.Library("phinetune", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def library() -> Any:
+    """The built functions, loaded once; None where they were not built or cannot be loaded beside this torch."""
+    names = (f"_kernels{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    found = next((path for name in names if (path := Path(__file__).with_name(name)).exists()), None)
+    if found is None:
+        return None
+    try:
+        loaded = ctypes.CDLL(str(found))  # its OpenMP calls are resolved by the library that torch has loaded
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = arguments, None
+    except (OSError, AttributeError):
+        return None
+    return loaded
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """True if the functions are there and can read these tensors: plain ones of one dtype that they know, in main memory."""
+    first = tensors[0]
+    if first is None or first.dtype not in _DTYPES or library() is None:
+        return False
+    if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
+        return False
+    return all(t is None or (type(t) in _PLAIN and t.dtype is first.dtype and t.device.type == "cpu") for t in tensors)
+
+
+def _operator(schema: str, without_numbers: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Register a function as torch's operator `schema`; `without_numbers` gives its results for tensors that have only shapes."""
+    name = schema.partition("(")[0]
+
+    def register(function: Any) -> Any:
+        _OPERATORS.define(schema)
+        _OPERATORS.impl(name, function, "CPU")
+        _OPERATORS.impl(name, without_numbers, "Meta")
+        operator = getattr(torch.ops.phinetune, name).default
+        return functools.wraps(function)(lambda *args: operator(*args))
+
+    return register
+
+
+def _nothing(*args: Any) -> None:
+    """What an operator gives that only writes into what it is given."""
+
+
+def _wide(x: Tensor) -> int:
+    return int(x.dtype is torch.float32)
+
+
+def _norm_results(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@_operator("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _norm_results)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x (N, h), contiguous, weight (h) float32 -> (y (N, h), 1 / rms (N) float32). The reference is `norm.rms_norm_reference`."""
+    y, inverse = _norm_results(x, weight, eps)
+    pointers = x.data_ptr(), weight.data_ptr(), y.data_ptr(), inverse.data_ptr()
+    library().rms_norm(*pointers, *x.shape, eps, _wide(x))
+    return y, inverse
+
+
+@_operator(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse) -> Tensor",
+    lambda g, x, w, i: torch.empty_like(x),
+)
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """dL/dx (N, h) for grad = dL/dy (N, h), contiguous, and what `rms_norm` took and gave."""
+    dx = torch.empty_like(x)
+    pointers = grad.data_ptr(), x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), dx.data_ptr()
+    library().rms_norm_backward(*pointers, *x.shape, _wide(x))
+    return dx
+
+
+@_operator("silu_gate(Tensor gate, Tensor up) -> Tensor", lambda gate, up: gate.new_empty(gate.shape))
+def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up for (N, h) each, rows contiguous -> (N, h). The reference is `gated.silu_gate_reference`."""
+    y = gate.new_empty(gate.shape)
+    operands = gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0)
+    library().silu_gate(*operands, y.data_ptr(), *gate.shape, _wide(gate))
+    return y
+
+
+@_operator(
+    "silu_gate_backward(Tensor grad, Tensor gate, Tensor up, Tensor(a!) of_gate, Tensor(b!) of_up) -> ()", _nothing
+)
+def silu_gate_backward(grad: Tensor, gate: Tensor, up: Tensor, of_gate: Tensor, of_up: Tensor) -> None:
+    """Writes dL/dgate and dL/dup (N, h), rows contiguous and as far apart in both, for grad = dL/dy (N, h), contiguous."""
+    operands = grad.data_ptr(), gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0)
+    results = of_gate.data_ptr(), of_up.data_ptr(), of_gate.stride(0)
+    library().silu_gate_backward(*operands, *results, *gate.shape, _wide(gate))
+
+
+@_operator(
+    "gather_heads(Tensor source, Tensor index, Tensor(a!) out, Tensor? cos, Tensor? sin, float scale) -> ()", _nothing
+)
+def gather_heads(
+    source: Tensor, index: Tensor, out: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float
+) -> None:
+    """out (n, heads, S, D), contiguous: tokens `index` (n · S) of source (T, heads · D), turned and scaled; zeros for a negative index.
+
+    cos, sin (T, width), contiguous: of the angles that the first `width` numbers of a head are turned by; None: they are not turned.
+    """
+    n, heads, S, D = out.shape
+    operands = source.data_ptr(), source.stride(0), *_angles(cos, sin), index.data_ptr(), out.data_ptr()
+    library().gather_heads(*operands, n, S, heads, D, scale, _wide(out))
+
+
+@_operator(
+    "scatter_heads(Tensor source, Tensor starts, Tensor places, Tensor(a!) out, int heads, Tensor? cos, Tensor? sin, float scale) -> ()",
+    _nothing,
+)  # fmt: skip
+def scatter_heads(
+    source: Tensor, starts: Tensor, places: Tensor, out: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None, scale: float
+) -> None:  # fmt: skip
+    """The reverse of `gather_heads`, turned back: out (T, heads · D), each token the sum of its places in `source`, zeros without one.
+
+    source: blocks (n, heads, S, D) one after another. starts (T + 1): where each token's places begin. places (m, 3): the rows of all
+    blocks and entries before the place's own, its block's S, its row in the entry.
+    """
+    operands = (
+        source.data_ptr(),
+        starts.data_ptr(),
+        places.data_ptr(),
+        *_angles(cos, sin),
+        out.data_ptr(),
+        out.stride(0),
+    )
+    library().scatter_heads(*operands, len(out), heads, out.shape[1] // heads, scale, _wide(out))
+
+
+@_operator("causal_softmax(Tensor(a!) scores, int block, int first) -> ()", _nothing)
+def causal_softmax(scores: Tensor, block: int, first: int) -> None:
+    """Softmax over scores (..., width), contiguous, in place: of each `block` rows the first sees `first` keys, each later one one more."""
+    width = scores.shape[-1]
+    library().causal_softmax(scores.data_ptr(), scores.numel() // width, block, first, width, _wide(scores))
+
+
+@_operator("softmax_backward(Tensor P, Tensor(a!) dP) -> ()", _nothing)
+def softmax_backward(P: Tensor, dP: Tensor) -> None:
+    """dP (..., width) becomes the gradient of the scores, P · (dP - sum of P · dP); both contiguous."""
+    width = P.shape[-1]
+    library().softmax_backward(P.data_ptr(), dP.data_ptr(), P.numel() // width, width, _wide(P))
+
+
+def _angles(cos: Tensor | None, sin: Tensor | None) -> tuple[int | None, int | None, int]:
+    return (None, None, 0) if cos is None or sin is None else (cos.data_ptr(), sin.data_ptr(), cos.shape[-1])
