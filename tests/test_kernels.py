@@ -260,3 +260,15 @@ def test_a_copy_of_a_model_computes_with_its_own_weights() -> None:
             parameter.mul_(1.5)
         assert torch.equal(fast(input_ids=ids, use_cache=False).logits, before)
         assert not torch.allclose(other(input_ids=ids, use_cache=False).logits, before)
+
+
+def test_what_was_not_built_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from phinetune.systems.machine import this_machine
+
+    notes: list[str] = []
+    speed_up(zoo_model("llama"), FastPaths(), lambda event: notes.append(getattr(event, "text", "")))
+    assert bool(notes) == (kernels.library() is None)
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    speed_up(zoo_model("llama"), FastPaths(), lambda event: notes.append(getattr(event, "text", "")))
+    assert "compiled functions" in notes[-1]
+    assert any("compiled functions" in line for line in this_machine().missing)

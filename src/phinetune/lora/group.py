@@ -46,7 +46,7 @@ class SharedInputFunction(torch.autograd.Function):
         parts = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
         A = torch.cat([a for _, _, a, _ in parts]).to(x.dtype)  # (R, in), R the sum of ranks
-        B: Tensor = torch.block_diag(*[b.to(x.dtype) for *_, b in parts])  # type: ignore[no-untyped-call]  # (sum of out_i, R)
+        B = _block_diagonal([b for *_, b in parts], A)  # (sum of out_i, R)
         down = flat @ A.t()  # (N, R)
         y, start = flat.new_empty(len(flat), len(B)), 0
         results = []
@@ -99,6 +99,16 @@ class SharedInputFunction(torch.autograd.Function):
         if grad_x is not None:
             grad_x = (grad_x if ctx.folded else grad_x.addmm_(U, A, alpha=ctx.scaling)).view(ctx.shape)
         return grad_x, None, None, *result
+
+
+def _block_diagonal(blocks: list[Tensor], like: Tensor) -> Tensor:
+    """The blocks on the diagonal of a matrix of zeros, in the dtype of `like`."""
+    whole = like.new_zeros(sum(b.shape[0] for b in blocks), sum(b.shape[1] for b in blocks))
+    row = column = 0
+    for block in blocks:
+        whole[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return whole
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:

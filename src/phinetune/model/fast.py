@@ -100,8 +100,12 @@ def speed_up(model: Any, paths: FastPaths, on_event: OnEvent = log_event) -> Any
         return model
     if paths.norm:
         _exchange_norms(model, paths.kernels)
-    if paths.kernels and tried and library() is not None:
+    if not paths.kernels or not tried:
+        return model
+    if library() is not None:
         _exchange_forwards(model, on_event)
+    elif model.device.type == "cpu":
+        on_event(Note("training: without phinetune's compiled functions, slower; see phinetune info"))
     return model
 
 

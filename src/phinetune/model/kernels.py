@@ -34,7 +34,8 @@ _ARGUMENTS = {
 WIDEST = 8192
 """Numbers in a row of a normalization, or in a head, at most."""
 _DTYPES = (torch.bfloat16, torch.float32)
-_PLAIN = (Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor)
+_WITH_NUMBERS = (Tensor, torch.nn.Parameter)
+_PLAIN = (*_WITH_NUMBERS, torch._subclasses.FakeTensor)
 _OPERATORS: Any = torch.library.Library("phinetune", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -66,7 +67,10 @@ def usable(*tensors: Tensor | None) -> bool:
 
 
 def _operator(schema: str, without_numbers: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Register a function as torch's operator `schema`; `without_numbers` gives its results for tensors that have only shapes."""
+    """Register a function as torch's operator `schema`; `without_numbers` gives its results for tensors that have only shapes.
+
+    The way through torch's dispatcher into Python costs more than most of these functions, so it is taken only where somebody is on it.
+    """
     name = schema.partition("(")[0]
 
     def register(function: Any) -> Any:
@@ -74,7 +78,13 @@ def _operator(schema: str, without_numbers: Callable[..., Any]) -> Callable[[Any
         _OPERATORS.impl(name, function, "CPU")
         _OPERATORS.impl(name, without_numbers, "Meta")
         operator = getattr(torch.ops.phinetune, name).default
-        return functools.wraps(function)(lambda *args: operator(*args))
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            watched = type(args[0]) not in _WITH_NUMBERS or torch._C._len_torch_dispatch_stack()
+            return operator(*args) if watched else function(*args)
+
+        return call
 
     return register
 

@@ -101,6 +101,7 @@ def this_machine(output: Path | None = None) -> Machine:
         if importlib.util.find_spec(module) is None
     ]
     accelerators, speedup = _torch_devices(missing)
+    _compiled_functions(missing)
     limit, used = _memory_limit()
     total, available = _total_memory(), available_memory()
     if limit is not None:
@@ -198,6 +199,18 @@ def _torch_devices(missing: list[str]) -> tuple[tuple[Accelerator, ...], dict[st
             if measured is not None:
                 speedup[kind] = measured
     return tuple(found), speedup
+
+
+def _compiled_functions(missing: list[str]) -> None:
+    """A line in `missing` if the functions that training on a CPU is fast by were not built."""
+    try:
+        from phinetune.model.kernels import library
+    except (ImportError, OSError):  # no torch, which has been said
+        return
+    if library() is None:
+        missing.append(
+            "the compiled functions for training on a CPU were not built: install a C compiler, then phinetune again"
+        )
 
 
 def _providers(missing: list[str]) -> tuple[str, ...]:

@@ -111,6 +111,7 @@ def finetune(
     record = {"stage": "finetune", "base_model": name, **contents, **ledgers, **request_settings(asked)}
     record["config_overrides"] = {k: v for k, v in load_plan.config_overrides.items() if k != "use_cache"}
     with _one_writer(arguments, folder, key, record) as partial:
+        from phinetune.model.kernels import library
         from phinetune.training.checkpointing import checkpoint_layers
         from phinetune.training.fit import fit
         from phinetune.training.layout import choose_layout
@@ -148,7 +149,8 @@ def finetune(
         if arguments.process_index == 0:
             session.save(partial)
             contract.save(partial)
-        computed = {"layout": layout, "fast_paths": asdict(fast)}
+        built = fast.kernels and library() is not None
+        computed = {"layout": layout, "fast_paths": {**asdict(fast), "kernels": built}}
         record |= {"figures": figures, **session.facts(contract), "seed": arguments.seed, "computed": computed}
     on_event(Note(f"adapter: written to {folder}"))
     return StageFolder(folder, read_manifest(folder))
