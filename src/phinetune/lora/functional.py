@@ -15,7 +15,7 @@ float32 factors on a bfloat16 base it also keeps a float32 copy of x. `LoraLinea
     dB = s · gᵀ (x̃ Aᵀ)        dA = s · (g B)ᵀ x̃        dx = g W + s · m ⊙ ((g B) A)        x̃ = m ⊙ x
 
 where m is the dropout mask already divided by 1 - p (all ones without dropout). The factors are cast to x's dtype for the products
-and their gradients come back in the factors' own dtype. A quantized W is made dense for each product and never kept.
+and their gradients come back in the factors' own dtype; s goes into B before it is cast. A quantized W is made dense for each product and never kept.
 
 With `folded`, the weight handed in holds the change already, such as W + s B A rounded to the grid that the model will be shipped on.
 Then y = x Wᵀ + b and dx = g W, while A and B get the gradients above, as if rounding were not there (the straight-through estimator,
@@ -112,19 +112,34 @@ def _forward(
     spans: Spans,
     folded: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y (..., out), x̃ Aᵀ (N, slices · r), A and B in x's dtype)."""
+    """(y (..., out), x̃ Aᵀ (N, slices · r), A and s · B in x's dtype)."""
     flat = x.reshape(-1, x.shape[-1])  # (N, in)
-    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    A, B = lora_A.to(x.dtype), _scaled(lora_B, scaling).to(x.dtype)
     down = F.linear(flat if mask is None else flat * mask.reshape(flat.shape), A)
-    y = F.linear(
-        x, dense(weight, x.dtype), bias
-    )  # (..., out), no view of another tensor: models may change it in place
-    rows = y.view(-1, y.shape[-1])
-    if folded:
+    W = dense(weight, x.dtype)
+    if folded or spans != ((0, W.shape[0]),):
+        y = F.linear(x, W, bias)  # (..., out), no view of another tensor: models may change it in place
+        rows = y.view(-1, y.shape[-1])
+        for (start, stop), low, high in () if folded else _slices(spans, B.shape[1]):
+            rows[:, start:stop].addmm_(down[:, low], B[high].t())
         return y, down, A, B
-    for (start, stop), low, high in _slices(spans, B.shape[1]):
-        rows[:, start:stop].addmm_(down[:, low], B[high].t(), alpha=scaling)
+    y = x.new_empty(*x.shape[:-1], W.shape[0])
+    rows = y.view(-1, y.shape[-1])
+    product_into(down, B, bias, rows)  # first the slim product: the other one adds to what is there as it writes
+    rows.addmm_(flat, W.t())
     return y, down, A, B
+
+
+def product_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out (N, m) = x (N, k) Wᵀ + bias (m), W (m, k)."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _scaled(lora_B: Tensor, scaling: float) -> Tensor:
+    return lora_B if scaling == 1 else lora_B * scaling
 
 
 def _slices(spans: Spans, r: int) -> Iterator[tuple[tuple[int, int], slice, slice]]:
@@ -154,25 +169,25 @@ class LoraLinearFunction(torch.autograd.Function):
         flat_mask = None if mask is None else mask.reshape(flat.shape)
         dropped = flat if flat_mask is None else flat * flat_mask
         if torch.is_grad_enabled():  # a second derivative is wanted: A, B and x Aᵀ must depend on the factors again
-            A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+            A, B = lora_A.to(x.dtype), _scaled(lora_B, ctx.scaling).to(x.dtype)
             down = F.linear(dropped, A)
         slices = list(_slices(ctx.spans, B.shape[1]))
         one = len(slices) == 1 and slices[0][0] == (0, g.shape[1])  # over all rows: nothing to cut
         up = g @ B if one else torch.cat([g[:, a:b] @ B[high] for (a, b), _, high in slices], dim=1)  # (N, slices · r)
         grad_x = grad_W = grad_b = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
-            grad_flat = g @ dense(weight, g.dtype)
-            if not ctx.folded and flat_mask is None:
-                grad_flat = grad_flat.addmm_(up, A, alpha=ctx.scaling)
-            elif not ctx.folded:
-                grad_flat = grad_flat.addcmul_(flat_mask, up @ A, value=ctx.scaling)
+            if ctx.folded:
+                grad_flat = g @ dense(weight, g.dtype)
+            else:
+                grad_flat = up @ A if flat_mask is None else (up @ A).mul_(flat_mask)
+                grad_flat = grad_flat.addmm_(g, dense(weight, g.dtype))
             grad_x = grad_flat.view(x.shape)
         if ctx.needs_input_grad[1]:
             grad_W = g.t() @ flat
         if ctx.needs_input_grad[2]:
             grad_b = g.sum(0)
         if ctx.needs_input_grad[3]:
-            grad_A = (up.t() @ dropped).to(lora_A.dtype).mul_(ctx.scaling)
+            grad_A = (up.t() @ dropped).to(lora_A.dtype)
         if ctx.needs_input_grad[4]:
             cut = g.t() @ down if one else torch.cat([g[:, a:b].t() @ down[:, low] for (a, b), low, _ in slices])
             grad_B = cut.to(lora_B.dtype).mul_(ctx.scaling)

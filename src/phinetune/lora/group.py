@@ -3,7 +3,7 @@
 Each alone multiplies x with factors of r columns, a product too slim to be fast, forms a gradient of x, and leaves it to autograd to add
 these up. Together (A stacked, B block-diagonal, y and g side by side in one tensor each) all ranks are one product:
 
-    y = x Wᵀ + b + s · (x Aᵀ) Bᵀ        dx = Σ g_i W_i + s · U A        dA = s · Uᵀ x        dB = s · gᵀ (x Aᵀ), its blocks        U = g B
+    y = x Wᵀ + b + (x Aᵀ) (s B)ᵀ        dx = Σ g_i W_i + U A        dA = Uᵀ x        dB = s · gᵀ (x Aᵀ), its blocks        U = g (s B)
 
 What is multiplied with B's zeros costs nothing: processors multiply at least 32 columns at a time, and a call costs as much as they do.
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from phinetune.lora.frozen import dense, is_quantized
-from phinetune.lora.functional import lora_linear_reference
+from phinetune.lora.functional import lora_linear_reference, product_into
 from phinetune.lora.fused import PARTS
 from phinetune.lora.layer import LoRALayer
 from phinetune.lora.linear import Linear, frozen_or_folded
@@ -46,20 +46,21 @@ class SharedInputFunction(torch.autograd.Function):
         parts = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
         A = torch.cat([a for _, _, a, _ in parts]).to(x.dtype)  # (R, in), R the sum of ranks
-        B = _block_diagonal([b for *_, b in parts], A)  # (sum of out_i, R)
+        B = _block_diagonal([b for *_, b in parts], A, scaling)  # s · B, (sum of out_i, R)
         down = flat @ A.t()  # (N, R)
         y, start = flat.new_empty(len(flat), len(B)), 0
         results = []
+        if not folded:
+            product_into(down, B, _joined([(bias, len(b)) for _, bias, _, b in parts], flat), y)
+            # the slim product comes first: the others add to what is there as they write
         for weight, bias, _, b in parts:
             own = y[:, start : start + len(b)]
-            if bias is None:
-                torch.mm(flat, dense(weight, x.dtype).t(), out=own)
+            if folded:
+                product_into(flat, dense(weight, x.dtype), bias, own)
             else:
-                torch.addmm(bias, flat, dense(weight, x.dtype).t(), out=own)
+                own.addmm_(flat, dense(weight, x.dtype).t())
             results.append(own.view(*x.shape[:-1], len(b)).data)  # no view: models may change it in place
             start += len(b)
-        if not folded:
-            y.addmm_(down, B.t(), alpha=scaling)
         ctx.weights = [weight for weight, *_ in parts if is_quantized(weight)]
         plain = [weight for weight, *_ in parts] if not ctx.weights else []
         ctx.save_for_backward(flat, down, A, B, *plain)
@@ -76,8 +77,9 @@ class SharedInputFunction(torch.autograd.Function):
         widths = [out for (out, _), *_ in ctx.sizes]
         pairs = zip(grads, widths, strict=True)
         g = _side_by_side([flat.new_zeros(len(flat), n) if d is None else d.reshape(-1, n) for d, n in pairs], widths)
-        U = g @ B  # (N, R)
-        grad_x, high, low = None, 0, 0
+        U = g @ B  # s · g B, (N, R)
+        grad_x = U @ A if ctx.needs_input_grad[0] and not ctx.folded else None
+        high = low = 0
         if any(ctx.needs_input_grad[5::4]):
             grad_A = U.t() @ flat
         if any(ctx.needs_input_grad[6::4]):
@@ -94,19 +96,26 @@ class SharedInputFunction(torch.autograd.Function):
                 grad_x = one @ W if grad_x is None else grad_x.addmm_(one, W)
             needs = ctx.needs_input_grad[3 + 4 * i : 7 + 4 * i]
             result += [one.t() @ flat if needs[0] else None, one.sum(0) if needs[1] else None]
-            result.append(grad_A[columns].to(a_dtype).mul_(ctx.scaling) if needs[2] else None)
+            result.append(grad_A[columns].to(a_dtype) if needs[2] else None)
             result.append(grad_B[rows, columns].to(b_dtype).mul_(ctx.scaling) if needs[3] else None)
         if grad_x is not None:
-            grad_x = (grad_x if ctx.folded else grad_x.addmm_(U, A, alpha=ctx.scaling)).view(ctx.shape)
+            grad_x = grad_x.view(ctx.shape)
         return grad_x, None, None, *result
 
 
-def _block_diagonal(blocks: list[Tensor], like: Tensor) -> Tensor:
-    """The blocks on the diagonal of a matrix of zeros, in the dtype of `like`."""
+def _joined(biases: list[tuple[Tensor | None, int]], like: Tensor) -> Tensor | None:
+    """The layers' biases, of given lengths, one after another, zeros for one that is missing; None if all are."""
+    if all(bias is None for bias, _ in biases):
+        return None
+    return torch.cat([like.new_zeros(n) if bias is None else bias for bias, n in biases])
+
+
+def _block_diagonal(blocks: list[Tensor], like: Tensor, scaling: float) -> Tensor:
+    """The blocks, scaled, on the diagonal of a matrix of zeros, in the dtype of `like`."""
     whole = like.new_zeros(sum(b.shape[0] for b in blocks), sum(b.shape[1] for b in blocks))
     row = column = 0
     for block in blocks:
-        whole[row : row + block.shape[0], column : column + block.shape[1]] = block
+        whole[row : row + block.shape[0], column : column + block.shape[1]] = block if scaling == 1 else block * scaling
         row, column = row + block.shape[0], column + block.shape[1]
     return whole
 

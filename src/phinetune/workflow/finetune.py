@@ -34,7 +34,7 @@ from phinetune.events import Note, OnEvent, log_event
 from phinetune.libraries import import_libraries
 from phinetune.lora.config import LoraConfig
 from phinetune.model.contract import PromptContract
-from phinetune.model.fast import compile_layers, speed_up, uses_blocks
+from phinetune.model.fast import FastPaths, compile_layers, speed_up, uses_blocks
 from phinetune.model.folder import base_key, resolve_model, stored_dtype
 from phinetune.model.grid import record_grid
 from phinetune.model.load import LoadPlan, load_base_contract, load_model, plan_load, read_model_config
@@ -111,7 +111,6 @@ def finetune(
     record = {"stage": "finetune", "base_model": name, **contents, **ledgers, **request_settings(asked)}
     record["config_overrides"] = {k: v for k, v in load_plan.config_overrides.items() if k != "use_cache"}
     with _one_writer(arguments, folder, key, record) as partial:
-        from phinetune.model.kernels import library
         from phinetune.training.checkpointing import checkpoint_layers
         from phinetune.training.fit import fit
         from phinetune.training.layout import choose_layout
@@ -149,9 +148,8 @@ def finetune(
         if arguments.process_index == 0:
             session.save(partial)
             contract.save(partial)
-        built = fast.kernels and library() is not None
-        computed = {"layout": layout, "fast_paths": {**asdict(fast), "kernels": built}}
-        record |= {"figures": figures, **session.facts(contract), "seed": arguments.seed, "computed": computed}
+        facts = {**session.facts(contract), "seed": arguments.seed, "computed": _computed(layout, fast)}
+        record |= {"figures": figures, **facts}
     on_event(Note(f"adapter: written to {folder}"))
     return StageFolder(folder, read_manifest(folder))
 
@@ -173,6 +171,13 @@ def _forecast(
 
     forecast = TrainingForecast(base, config, asked, load_plan, arguments, train, contract.pad_token_id, on_event)
     check_memory(forecast, asked.training.skip_memory_check, on_event)
+
+
+def _computed(layout: str, fast: FastPaths) -> dict[str, Any]:
+    """What the run computed with, for the manifest."""
+    from phinetune.model.kernels import library
+
+    return {"layout": layout, "fast_paths": {**asdict(fast), "kernels": fast.kernels and library() is not None}}
 
 
 def _order(
