@@ -114,7 +114,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y (..., out), x̃ Aᵀ (N, slices · r), A and s · B in x's dtype)."""
     flat = x.reshape(-1, x.shape[-1])  # (N, in)
-    A, B = lora_A.to(x.dtype), _scaled(lora_B, scaling).to(x.dtype)
+    A, B = lora_A.to(x.dtype), scaled(lora_B, scaling).to(x.dtype)
     down = F.linear(flat if mask is None else flat * mask.reshape(flat.shape), A)
     W = dense(weight, x.dtype)
     if folded or spans != ((0, W.shape[0]),):
@@ -138,7 +138,13 @@ def product_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _scaled(lora_B: Tensor, scaling: float) -> Tensor:
+def gradient_of_B(g: Tensor, down: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """s · gᵀ (x Aᵀ) in `dtype`, (out, r), for g (N, out) and down = x Aᵀ (N, r): the product with few rows is the faster one."""
+    return (down.t() @ g).t().to(dtype, memory_format=torch.contiguous_format).mul_(scaling)
+
+
+def scaled(lora_B: Tensor, scaling: float) -> Tensor:
+    """s · B."""
     return lora_B if scaling == 1 else lora_B * scaling
 
 
@@ -169,7 +175,7 @@ class LoraLinearFunction(torch.autograd.Function):
         flat_mask = None if mask is None else mask.reshape(flat.shape)
         dropped = flat if flat_mask is None else flat * flat_mask
         if torch.is_grad_enabled():  # a second derivative is wanted: A, B and x Aᵀ must depend on the factors again
-            A, B = lora_A.to(x.dtype), _scaled(lora_B, ctx.scaling).to(x.dtype)
+            A, B = lora_A.to(x.dtype), scaled(lora_B, ctx.scaling).to(x.dtype)
             down = F.linear(dropped, A)
         slices = list(_slices(ctx.spans, B.shape[1]))
         one = len(slices) == 1 and slices[0][0] == (0, g.shape[1])  # over all rows: nothing to cut
@@ -189,6 +195,6 @@ class LoraLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_A = (up.t() @ dropped).to(lora_A.dtype)
         if ctx.needs_input_grad[4]:
-            cut = g.t() @ down if one else torch.cat([g[:, a:b].t() @ down[:, low] for (a, b), low, _ in slices])
-            grad_B = cut.to(lora_B.dtype).mul_(ctx.scaling)
+            cut = [gradient_of_B(g[:, a:b], down[:, low], ctx.scaling, lora_B.dtype) for (a, b), low, _ in slices]
+            grad_B = cut[0] if one else torch.cat(cut)
         return grad_x, grad_W, grad_b, grad_A, grad_B, None, None, None, None

@@ -1,11 +1,9 @@
 """LoRA layers that share their input, such as the projections to query, key and value: one autograd function for all of them.
 
 Each alone multiplies x with factors of r columns, a product too slim to be fast, forms a gradient of x, and leaves it to autograd to add
-these up. Together (A stacked, B block-diagonal, y and g side by side in one tensor each) all ranks are one product:
+these up. Together (A stacked: one product x Aᵀ of all ranks, one Aᵀ-gradient, one sum)
 
-    y = x Wᵀ + b + (x Aᵀ) (s B)ᵀ        dx = Σ g_i W_i + U A        dA = Uᵀ x        dB = s · gᵀ (x Aᵀ), its blocks        U = g (s B)
-
-What is multiplied with B's zeros costs nothing: processors multiply at least 32 columns at a time, and a call costs as much as they do.
+    y_i = x W_iᵀ + b_i + (x Aᵀ)_i (s B_i)ᵀ        dx = Σ g_i W_i + U A        dA = Uᵀ x        dB_i = s · g_iᵀ (x Aᵀ)_i        U_i = g_i (s B_i)
 
 The model keeps calling its layers one by one: the first one called with x computes for all, the others, given the very same tensor,
 take what is theirs. Given another tensor, a layer computes for itself: nothing depends on the order or on being called at all.
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from phinetune.lora.frozen import dense, is_quantized
-from phinetune.lora.functional import lora_linear_reference, product_into
+from phinetune.lora.functional import gradient_of_B, lora_linear_reference, product_into, scaled
 from phinetune.lora.fused import PARTS
 from phinetune.lora.layer import LoRALayer
 from phinetune.lora.linear import Linear, frozen_or_folded
@@ -46,49 +44,46 @@ class SharedInputFunction(torch.autograd.Function):
         parts = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
         A = torch.cat([a for _, _, a, _ in parts]).to(x.dtype)  # (R, in), R the sum of ranks
-        B = _block_diagonal([b for *_, b in parts], A, scaling)  # s · B, (sum of out_i, R)
+        Bs = [scaled(b, scaling).to(x.dtype) for *_, b in parts]
         down = flat @ A.t()  # (N, R)
-        y, start = flat.new_empty(len(flat), len(B)), 0
-        results = []
-        if not folded:
-            product_into(down, B, _joined([(bias, len(b)) for _, bias, _, b in parts], flat), y)
-            # the slim product comes first: the others add to what is there as they write
-        for weight, bias, _, b in parts:
-            own = y[:, start : start + len(b)]
+        results, start = [], 0
+        for (weight, bias, _, _), B in zip(parts, Bs, strict=True):
+            y = x.new_empty(*x.shape[:-1], len(B))
+            rows, W = y.view(-1, len(B)), dense(weight, x.dtype)
             if folded:
-                product_into(flat, dense(weight, x.dtype), bias, own)
-            else:
-                own.addmm_(flat, dense(weight, x.dtype).t())
-            results.append(own.view(*x.shape[:-1], len(b)).data)  # no view: models may change it in place
-            start += len(b)
+                product_into(flat, W, bias, rows)
+            else:  # first the slim product: the other one adds to what is there as it writes
+                product_into(down[:, start : start + B.shape[1]], B, bias, rows)
+                rows.addmm_(flat, W.t())
+            results.append(y)
+            start += B.shape[1]
         ctx.weights = [weight for weight, *_ in parts if is_quantized(weight)]
         plain = [weight for weight, *_ in parts] if not ctx.weights else []
-        ctx.save_for_backward(flat, down, A, B, *plain)
+        ctx.save_for_backward(flat, down, A, *Bs, *plain)
         ctx.scaling, ctx.folded, ctx.shape = scaling, folded, x.shape
-        ctx.sizes = [(b.shape, a.dtype, b.dtype) for _, _, a, b in parts]
+        ctx.dtypes = [(a.dtype, b.dtype) for _, _, a, b in parts]
         ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        flat, down, A, B, *weights = ctx.saved_tensors
-        weights = ctx.weights or weights
-        widths = [out for (out, _), *_ in ctx.sizes]
-        pairs = zip(grads, widths, strict=True)
-        g = _side_by_side([flat.new_zeros(len(flat), n) if d is None else d.reshape(-1, n) for d, n in pairs], widths)
-        U = g @ B  # s · g B, (N, R)
+        n = len(ctx.dtypes)
+        flat, down, A, *rest = ctx.saved_tensors
+        Bs, weights = rest[:n], ctx.weights or rest[n:]
+        g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        U = flat.new_zeros(len(flat), len(A)) if any(one is None for one in g) else flat.new_empty(len(flat), len(A))
+        columns, start = [], 0
+        for one, B in zip(g, Bs, strict=True):
+            columns.append(slice(start, start + B.shape[1]))
+            start += B.shape[1]
+            if one is not None:
+                torch.mm(one, B, out=U[:, columns[-1]])
         grad_x = U @ A if ctx.needs_input_grad[0] and not ctx.folded else None
-        high = low = 0
-        if any(ctx.needs_input_grad[5::4]):
-            grad_A = U.t() @ flat
-        if any(ctx.needs_input_grad[6::4]):
-            grad_B = g.t() @ down  # (sum of out_i, R); what is not on its diagonal of blocks is not wanted
+        grad_A = U.t() @ flat if any(ctx.needs_input_grad[5::4]) else None
         result: list[Any] = []
-        for i, ((out, rank), a_dtype, b_dtype) in enumerate(ctx.sizes):
-            rows, columns = slice(high, high + out), slice(low, low + rank)
-            high, low, one = high + out, low + rank, g[:, rows]
-            if grads[i] is None:
+        for i, (one, (a_dtype, b_dtype)) in enumerate(zip(g, ctx.dtypes, strict=True)):
+            if one is None:
                 result += [None] * 4
                 continue
             if ctx.needs_input_grad[0]:
@@ -96,42 +91,9 @@ class SharedInputFunction(torch.autograd.Function):
                 grad_x = one @ W if grad_x is None else grad_x.addmm_(one, W)
             needs = ctx.needs_input_grad[3 + 4 * i : 7 + 4 * i]
             result += [one.t() @ flat if needs[0] else None, one.sum(0) if needs[1] else None]
-            result.append(grad_A[columns].to(a_dtype) if needs[2] else None)
-            result.append(grad_B[rows, columns].to(b_dtype).mul_(ctx.scaling) if needs[3] else None)
-        if grad_x is not None:
-            grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, None, *result
-
-
-def _joined(biases: list[tuple[Tensor | None, int]], like: Tensor) -> Tensor | None:
-    """The layers' biases, of given lengths, one after another, zeros for one that is missing; None if all are."""
-    if all(bias is None for bias, _ in biases):
-        return None
-    return torch.cat([like.new_zeros(n) if bias is None else bias for bias, n in biases])
-
-
-def _block_diagonal(blocks: list[Tensor], like: Tensor, scaling: float) -> Tensor:
-    """The blocks, scaled, on the diagonal of a matrix of zeros, in the dtype of `like`."""
-    whole = like.new_zeros(sum(b.shape[0] for b in blocks), sum(b.shape[1] for b in blocks))
-    row = column = 0
-    for block in blocks:
-        whole[row : row + block.shape[0], column : column + block.shape[1]] = block if scaling == 1 else block * scaling
-        row, column = row + block.shape[0], column + block.shape[1]
-    return whole
-
-
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
-
-
-def _side_by_side(grads: list[Tensor], widths: list[int]) -> Tensor:
-    """(N, sum of widths): the gradients, (N, width) each, in one tensor; nothing is copied where they lie in one already."""
-    first, whole, at = grads[0], sum(widths), grads[0].storage_offset()
-    for grad, width in zip(grads, widths, strict=True):
-        if grad.stride() != (whole, 1) or grad.storage_offset() != at or not _share_memory(grad, first):
-            return torch.cat(grads, dim=1)
-        at += width
-    return first.as_strided((len(first), whole), (whole, 1))
+            result.append(grad_A[columns[i]].to(a_dtype) if grad_A is not None and needs[2] else None)
+            result.append(gradient_of_B(one, down[:, columns[i]], ctx.scaling, b_dtype) if needs[3] else None)
+        return (None if grad_x is None else grad_x.view(ctx.shape)), None, None, *result
 
 
 class SharedInput:

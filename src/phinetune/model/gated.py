@@ -42,12 +42,14 @@ class SiluGate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
-        results = grad.new_empty(
-            len(gate), 2 * gate.shape[1]
-        )  # side by side: layers that share their input want them so
-        kernels.silu_gate_backward(grad.reshape(gate.shape).contiguous(), gate, up, *results.chunk(2, dim=1))
-        shaped = results.view(*grad.shape[:-1], -1)
-        return shaped if ctx.fused else shaped.chunk(2, dim=-1)
+        flat, shape = grad.reshape(gate.shape).contiguous(), grad.shape[:-1]
+        if ctx.fused:
+            both = grad.new_empty(len(gate), 2 * gate.shape[1])
+            kernels.silu_gate_backward(flat, gate, up, *both.chunk(2, dim=1))
+            return both.view(*shape, -1)
+        of_gate, of_up = torch.empty_like(flat), torch.empty_like(flat)
+        kernels.silu_gate_backward(flat, gate, up, of_gate, of_up)
+        return of_gate.view(grad.shape), of_up.view(grad.shape)
 
 
 def silu_gate(*both: Tensor) -> Tensor:

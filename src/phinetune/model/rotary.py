@@ -198,12 +198,16 @@ class RotaryAttention(torch.autograd.Function):
                 dk += torch.bmm(dS.transpose(1, 2), q)
                 dv += torch.bmm(P.transpose(1, 2), up)
         T = len(grad)
-        whole = grad.new_empty(T, (heads + 2 * groups) * D)  # side by side: layers that share their input want them so
-        results = whole.split([heads * D, groups * D, groups * D], dim=1)
+        sizes = [heads * D, groups * D, groups * D]
+        if ctx.fused:
+            whole = grad.new_empty(T, sum(sizes))
+            results = list(torch.split(whole, sizes, dim=1))
+        else:
+            results = [grad.new_empty(T, n) for n in sizes]
         kernels.scatter_heads(dQ, *plan.query_places, results[0], heads, cos, sin, ctx.scaling)
         kernels.scatter_heads(dK, *plan.key_places, results[1], groups, cos, sin, 1.0)
         kernels.scatter_heads(dV, *plan.key_places, results[2], groups, None, None, 1.0)
-        return (None,) * 6 + ((whole,) if ctx.fused else results)
+        return (None,) * 6 + ((whole,) if ctx.fused else tuple(results))
 
 
 def _apart(states: Sequence[Tensor], heads: int, groups: int) -> Sequence[Tensor]:
