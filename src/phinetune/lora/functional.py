@@ -140,7 +140,7 @@ def product_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
 
 def gradient_of_B(g: Tensor, down: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """s · gᵀ (x Aᵀ) in `dtype`, (out, r), for g (N, out) and down = x Aᵀ (N, r): the product with few rows is the faster one."""
-    return (down.t() @ g).t().to(dtype, memory_format=torch.contiguous_format).mul_(scaling)
+    return (down.t() @ g).to(dtype).mul_(scaling).t().contiguous()
 
 
 def scaled(lora_B: Tensor, scaling: float) -> Tensor:
@@ -195,6 +195,7 @@ class LoraLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_A = (up.t() @ dropped).to(lora_A.dtype)
         if ctx.needs_input_grad[4]:
-            cut = [gradient_of_B(g[:, a:b], down[:, low], ctx.scaling, lora_B.dtype) for (a, b), low, _ in slices]
-            grad_B = cut[0] if one else torch.cat(cut)
+            pairs = [(g, down)] if one else [(g[:, a:b], down[:, low]) for (a, b), low, _ in slices]
+            parts = [gradient_of_B(left, right, ctx.scaling, lora_B.dtype) for left, right in pairs]
+            grad_B = parts[0] if one else torch.cat(parts)
         return grad_x, grad_W, grad_b, grad_A, grad_B, None, None, None, None
