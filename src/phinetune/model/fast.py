@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -221,9 +220,9 @@ def _exchange_forwards(model: Any, on_event: OnEvent) -> None:
 
     blocks = uses_blocks(model)
     kinds: list[tuple[Any, list[Any]]] = [
-        (rotary.forward, [m for m in model.modules() if blocks and rotary.could_be_rotary(m)])
+        (rotary.forward, [m for m in model.modules() if blocks and rotary.could_be_rotary(m)]),
+        (gated.forward, [m for m in model.modules() if gated.could_be_gated(m)]),
     ]
-    kinds.append((gated.forward, [m for m in model.modules() if gated.could_be_gated(m)]))
     forwards = {id(module): functools.partial(forward, module) for forward, found in kinds for module in found}
     found = [module for _, modules in kinds for module in modules if "forward" not in vars(module)]
     if model.device.type != "meta":
@@ -240,11 +239,10 @@ def _exchange_forwards(model: Any, on_event: OnEvent) -> None:
 def _same_forwards(model: Any, modules: list[Any], forwards: dict[int, Any]) -> set[int]:
     """The ids of those `modules` whose own output, for the inputs that they get in the model, is that of `forwards` as well."""
     differences: dict[int, float] = {}
-    first: Any = operator.itemgetter(0)
 
     def compare(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         made = forwards[id(module)](*args, **kwargs)
-        expected, made = (first(x) if isinstance(x, tuple) else x for x in (output, made))
+        expected, made = (x[0] if isinstance(x, tuple) else x for x in (output, made))
         error = float((made - expected).float().abs().max()) if made.shape == expected.shape else math.inf
         share = error / max(float(expected.float().abs().max()), 1e-30)
         differences[id(module)] = max(share, differences.get(id(module), 0.0))
