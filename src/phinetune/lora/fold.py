@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from phinetune.errors import AdapterError
+from phinetune.model import kernels
 
-_BLOCK = 1 << 20  # elements of W held in float32 at a time: 4 MB, measured (2**18 to 2**21 are alike, larger is slower)
+_BLOCK = (
+    1 << 18
+)  # elements of W folded at a time: a block read is in the processor's cache when it is written (2**17 to 2**19 are alike)
 
 
 class Folder:
@@ -35,11 +38,13 @@ class Folder:
         transposed: bool = False,
     ) -> None:
         accumulate = torch.promote_types(dtype, torch.float32)
-        self.A, self.B = lora_A.detach().to(accumulate), lora_B.detach().to(accumulate)
+        self.A, self.B = lora_A.detach().to(accumulate).contiguous(), lora_B.detach().to(accumulate).contiguous()
         self.shape, self.dtype, self.scaling, self.magnitude = shape, dtype, scaling, magnitude
         self.whole = transposed and magnitude is not None  # lengths run along the stored columns: all rows at once
         if transposed and not self.whole:  # (Wᵀ + s B A)ᵀ = W + s Aᵀ Bᵀ
             self.A, self.B = self.B.t().contiguous(), self.A.t().contiguous()
+        factors = (self.A, self.B)
+        self.compiled = magnitude is None and len(self.A) <= kernels.WIDEST // 4 and kernels.usable(*factors)
         self.scratch: Tensor | None = None
         self.share = [0.0, 0.0]
 
@@ -53,12 +58,24 @@ class Folder:
     @torch.no_grad()
     def fold(self, block: Tensor, start: int, stop: int) -> bool:
         """Fold rows `start` to `stop` of the change into `block` (those rows of W), in place. False if a value is not finite."""
+        if self.compiled and block.is_contiguous() and kernels.usable(block):
+            finite, moved, size = kernels.fold_rows(block, self.A, self.B[start:stop], self.scaling)
+            self.share[0] += moved
+            self.share[1] += size
+            return bool(finite)
+        return self.fold_reference(block, start, stop)
+
+    @torch.no_grad()
+    def fold_reference(self, block: Tensor, start: int, stop: int) -> bool:
+        """What `fold` does, by torch's operators."""
         merged = self.merged(block, start, stop)
-        rows = self._sampled(start, stop)
-        before = block[rows].clone()
+        before = block.to(merged.dtype, copy=True)
         block.copy_(merged)
-        self._measure(before, block[rows], rows + start)
         low, high = torch.aminmax(merged)
+        if self.magnitude is None:
+            delta = self.scaling * (self.B[start:stop] @ self.A)
+            self.share[0] += float(before.sub_(block).mul_(delta).sum().neg_())
+            self.share[1] += float(delta.square_().sum())
         limit = torch.finfo(self.dtype).max
         return bool(low >= -limit) and bool(high <= limit)  # a NaN is neither
 
@@ -77,23 +94,12 @@ class Folder:
         merged.addmm_(self.B[start:stop], self.A, alpha=self.scaling)
         return merged if self.magnitude is None else _to_length(merged, self.magnitude[start:stop])
 
-    def _sampled(self, start: int, stop: int, count: int = 2) -> Tensor:
-        """The rows of a block that change most, counted from its start: rows of slices without factors say nothing."""
-        if self.magnitude is not None:
-            return torch.arange(0)
-        return self.B[start:stop].abs().amax(1).topk(min(count, stop - start)).indices
-
-    def _measure(self, before: Tensor, after: Tensor, rows: Tensor) -> None:
-        """Add up <merged - W, Δ> and <Δ, Δ> over a few rows."""
-        if self.magnitude is None:
-            delta = self.scaling * (self.B[rows] @ self.A)
-            moved = after.to(delta.dtype) - before.to(delta.dtype)
-            self.share[0] += float((moved * delta).sum())
-            self.share[1] += float((delta * delta).sum())
-
     @property
     def surviving(self) -> float | None:
-        """The share of the change that rounding to W's dtype left, over the rows sampled; None for no change, and for DoRA's, which is no sum."""
+        """<folded W - W, Δ> / <Δ, Δ>: the share of the change Δ that rounding to W's dtype left.
+
+        None for no change, and for DoRA's, which is no sum.
+        """
         return self.share[0] / self.share[1] if self.share[1] else None
 
 
@@ -112,9 +118,9 @@ def fold(
     """
     flat = weight.detach().flatten(1)
     folder = Folder((flat.shape[0], flat.shape[1]), weight.dtype, lora_A, lora_B, scaling, magnitude, transposed)
-    result = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    result = flat.clone(memory_format=torch.contiguous_format)
     for start, stop in folder.blocks():
-        result[start:stop] = folder.merged(flat[start:stop], start, stop)
+        folder.fold(result[start:stop], start, stop)
     return torch.empty_like(weight).copy_(result.view(weight.shape))
 
 

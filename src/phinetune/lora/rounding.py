@@ -63,8 +63,9 @@ class Rounding:
         A, B = layer.factors()
         folder = Folder((weight.shape[0], weight.shape[1]), weight.dtype, A, B, layer.scaling)
         for start, stop in folder.blocks():
-            merged = folder.merged(weight[start:stop], start, stop)
-            round_to_grid(merged.to(weight.dtype).to(self.stored), self.grid, out[start:stop])
+            merged = weight[start:stop].clone()
+            folder.fold(merged, start, stop)
+            round_to_grid(merged.to(self.stored), self.grid, out[start:stop])
         return out
 
     def reference(self, layer: Any, dtype: torch.dtype) -> Tensor:

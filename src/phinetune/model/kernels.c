@@ -1,5 +1,5 @@
 /* What a decoder layer does between its matrix products, on CPUs: normalization, the gated activation, rotary positions, the rows that
- * attention gathers and scatters, and its softmax.
+ * attention gathers and scatters, and its softmax. And folding LoRA's factors into a weight, once per merge.
  *
  * torch has each of these as several operators that walk over memory one after the other, and converts bfloat16 in software. Here a row is
  * read once into floats, worked on in the nearest cache, and written once. Matrix products stay torch's (oneDNN's).
@@ -287,4 +287,117 @@ void softmax_backward(const void *P, void *dP, int64_t rows, int64_t width, int 
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++) softmax_row_backward(P, dP, row * width, width, p, d, wide);
     }
+}
+
+/* ---- merging: W + s B A ---- */
+
+enum { TOGETHER = 4 }; /* rows that share what is loaded of A */
+
+static inline float of_bits(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline uint32_t bits_of(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* d (4, n) += b (4, 4) a (4, n) */
+static inline void add_products(float (*d)[PIECE], const float (*b)[4], const float *a, int64_t n)
+{
+    const float *a0 = a, *a1 = a + n, *a2 = a1 + n, *a3 = a2 + n;
+    float *d0 = d[0], *d1 = d[1], *d2 = d[2], *d3 = d[3];
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        d0[i] += b[0][0] * a0[i] + b[0][1] * a1[i] + b[0][2] * a2[i] + b[0][3] * a3[i];
+        d1[i] += b[1][0] * a0[i] + b[1][1] * a1[i] + b[1][2] * a2[i] + b[1][3] * a3[i];
+        d2[i] += b[2][0] * a0[i] + b[2][1] * a1[i] + b[2][2] * a2[i] + b[2][3] * a3[i];
+        d3[i] += b[3][0] * a0[i] + b[3][1] * a1[i] + b[3][2] * a2[i] + b[3][3] * a3[i];
+    }
+}
+
+/* w (n) += d (n), as stored. Adds <w's change, d> and <d, d> to `moved`; gives the bits of the largest sum, sign off. */
+static inline uint32_t add_row(void *W, int64_t at, const float *d, double *moved, int64_t n, int wide)
+{
+    uint16_t *half = (uint16_t *)W + at;
+    float *full = (float *)W + at, along = 0.0f, size = 0.0f;
+    uint32_t largest = 0;
+    if (wide) {
+#pragma omp simd reduction(+ : along, size) reduction(max : largest)
+        for (int64_t i = 0; i < n; i++) {
+            float before = full[i], after = before + d[i];
+            uint32_t magnitude = bits_of(after) & 0x7fffffffu;
+            largest = magnitude > largest ? magnitude : largest;
+            full[i] = after;
+            along += (after - before) * d[i];
+            size += d[i] * d[i];
+        }
+    } else {
+#pragma omp simd reduction(+ : along, size) reduction(max : largest)
+        for (int64_t i = 0; i < n; i++) {
+            float before = of_bits((uint32_t)half[i] << 16), sum = before + d[i];
+            uint32_t magnitude = bits_of(sum) & 0x7fffffffu, bits = rounded(bits_of(sum));
+            largest = magnitude > largest ? magnitude : largest;
+            half[i] = (uint16_t)bits;
+            along += (of_bits(bits << 16) - before) * d[i];
+            size += d[i] * d[i];
+        }
+    }
+    moved[0] += along;
+    moved[1] += size;
+    return largest;
+}
+
+/* n numbers of `rows` rows, at most TOGETHER, for A (r filled up to a multiple of 4, n) packed. */
+FOR_EVERY_PROCESSOR
+static uint32_t fold_piece(void *W, int64_t at, int64_t columns, const float *A, const float *B, int64_t rows, int64_t r, float scaling, double *moved, int64_t n, int wide)
+{
+    float d[TOGETHER][PIECE];
+    uint32_t largest = 0;
+    for (int j = 0; j < TOGETHER; j++) memset(d[j], 0, (size_t)n * sizeof(float));
+    for (int64_t k = 0; k < r; k += 4) {
+        float b[TOGETHER][4];
+        for (int j = 0; j < TOGETHER; j++)
+            for (int64_t m = 0; m < 4; m++) b[j][m] = j < rows && k + m < r ? scaling * B[j * r + k + m] : 0.0f;
+        add_products(d, b, A + k * n, n);
+    }
+    for (int64_t j = 0; j < rows; j++) {
+        uint32_t found = add_row(W, at + j * columns, d[j], moved, n, wide);
+        largest = found > largest ? found : largest;
+    }
+    return largest;
+}
+
+/* W (rows, columns) += scaling B A, in place, for B (rows, r) and A (r, columns), r at most WIDEST / 4. A piece of A's columns is packed
+ * into the nearest cache, then it goes down W's rows. `moved` (2) becomes <W's change, scaling B A> and <scaling B A, scaling B A>. Gives 1
+ * if every sum is a number within the limit. */
+int fold_rows(void *W, const float *A, const float *B, int64_t rows, int64_t columns, int64_t r, float scaling, float limit, double *moved, int wide)
+{
+    uint32_t largest = 0;
+    double along = 0.0, size = 0.0;
+    const int64_t lot = 128, lots = (rows + lot - 1) / lot, deep = (r + 3) / 4 * 4, fit = WIDEST / (deep > 16 ? deep : 16), pieces = (columns + fit - 1) / fit;
+#pragma omp parallel for collapse(2) schedule(static) reduction(max : largest) reduction(+ : along, size) if (rows * columns > GRAIN)
+    for (int64_t piece = 0; piece < pieces; piece++)
+        for (int64_t l = 0; l < lots; l++) {
+            _Alignas(64) float packed[WIDEST];
+            int64_t first = piece * fit, n = columns - first < fit ? columns - first : fit;
+            double sums[2] = {0.0, 0.0};
+            for (int64_t k = 0; k < r; k++) memcpy(packed + k * n, A + k * columns + first, (size_t)n * sizeof(float));
+            memset(packed + r * n, 0, (size_t)((deep - r) * n) * sizeof(float));
+            for (int64_t row = l * lot; row < rows && row < (l + 1) * lot; row += TOGETHER) {
+                int64_t some = rows - row < TOGETHER ? rows - row : TOGETHER;
+                uint32_t found = fold_piece(W, row * columns + first, columns, packed, B + row * r, some, r, scaling, sums, n, wide);
+                largest = found > largest ? found : largest;
+            }
+            along += sums[0];
+            size += sums[1];
+        }
+    moved[0] = along;
+    moved[1] = size;
+    return largest <= bits_of(limit);
 }
