@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phinetune.lora import tiles
 from phinetune.lora.frozen import dense, is_quantized
 from phinetune.lora.functional import gradient_of_B, lora_linear_reference, product_into, scaled
 from phinetune.lora.fused import PARTS
@@ -99,8 +100,8 @@ class SharedInputFunction(torch.autograd.Function):
 class SharedInput:
     """Layers of one parent that are called with the same tensor. `take(layer, x)` gives the layer's output for x."""
 
-    def __init__(self, layers: list[Linear]) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[Linear], by_tiles: bool = False) -> None:
+        self.layers, self.by_tiles = layers, by_tiles
         self._input: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
 
@@ -116,9 +117,13 @@ class SharedInput:
         weights, folded = zip(*(frozen_or_folded(one) for one in self.layers), strict=True)
         if len(set(folded)) > 1 or len({one.scaling for one in self.layers}) > 1:
             return None
-        pairs = zip(weights, self.layers, strict=True)
-        operands = [t for weight, one in pairs for t in (weight, one.bias, one.lora_A, one.lora_B)]
-        results = SharedInputFunction.apply(x, layer.scaling, folded[0], *operands)  # type: ignore[no-untyped-call]
+        parts = [(w, one.bias, one.lora_A, one.lora_B) for w, one in zip(weights, self.layers, strict=True)]
+        if self.by_tiles and not folded[0] and tiles.usable(x, parts):
+            operands = [t for weight, _, A, B in parts for t in (weight, A, B)]
+            results = tiles.TilesFunction.apply(x, layer.scaling, *operands)  # type: ignore[no-untyped-call]
+        else:
+            operands = [t for part in parts for t in part]
+            results = SharedInputFunction.apply(x, layer.scaling, folded[0], *operands)  # type: ignore[no-untyped-call]
         self._ready = {id(one): y for one, y in zip(self.layers[1:], results[1:], strict=True)}
         self._input = x
         first: Tensor = results[0]
@@ -138,8 +143,8 @@ def _plain(layer: Linear) -> bool:
     )
 
 
-def share_inputs(model: nn.Module) -> int:
-    """Join LoRA layers of the common names that sit side by side in `model`; the number of groups."""
+def share_inputs(model: nn.Module, by_tiles: bool = False) -> int:
+    """Join LoRA layers of the common names that sit side by side in `model`; the number of groups. `by_tiles`: see `tiles.py`."""
     count = 0
     for parent in model.modules():
         for names in _TOGETHER:
@@ -148,7 +153,7 @@ def share_inputs(model: nn.Module) -> int:
             quantized = {is_quantized(m.weight) for m in layers}
             if len(layers) < 2 or len({m.in_features for m in layers}) > 1 or len(quantized) > 1:
                 continue
-            group = SharedInput(layers)
+            group = SharedInput(layers, by_tiles)
             for layer in layers:
                 layer.__dict__["shared"] = group  # not a child of the layer
             count += 1
@@ -156,12 +161,15 @@ def share_inputs(model: nn.Module) -> int:
 
 
 def choose_arithmetic(model: nn.Module, paths: FastPaths) -> None:
-    """Set which way the LoRA layers in `model` compute, by the switches `linear` and `grouped`."""
+    """Set which way the LoRA layers in `model` compute, by the switches `linear`, `grouped` and `tiles`."""
+    by_tiles = paths.linear and paths.tiles and not paths.compiled and tiles.library() is not None
     for module in model.modules():
         module.__dict__.pop("shared", None)
         if isinstance(module, LoRALayer):
             module.__dict__.pop("arithmetic", None)
             if not paths.linear:
                 module.__dict__["arithmetic"] = lora_linear_reference
+            elif by_tiles:
+                module.__dict__["arithmetic"] = tiles.lora_linear_tiles
     if paths.linear and paths.grouped and not paths.compiled:  # compiled layers must be alike, and hold no state
-        share_inputs(model)
+        share_inputs(model, by_tiles)

@@ -45,6 +45,8 @@ class FastPaths:
     """Each LoRA layer in one autograd function."""
     grouped: bool = True
     """LoRA layers that share their input in one function (query, key and value; gate and up)."""
+    tiles: bool = True
+    """LoRA layers that share their input, factors and frozen weights, in one call, on processors with AMX and in bfloat16."""
     last_rows: bool = True
     """The last layer's MLP only where a learned token is predicted."""
     chunked_loss: bool = True

@@ -40,19 +40,25 @@ _PLAIN = (*_WITH_NUMBERS, torch._subclasses.FakeTensor)
 _OPERATORS: Any = torch.library.Library("phinetune", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
+def built(path: Path) -> Any:
+    """The library built for this Python at `path`, without its ending; None where it was not built or cannot be loaded beside this torch."""
+    names = (path.name + suffix for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    found = next((file for name in names if (file := path.with_name(name)).exists()), None)
+    try:
+        return None if found is None else ctypes.CDLL(str(found))  # its OpenMP calls are resolved by the library that torch has loaded
+    except OSError:
+        return None
+
+
 @functools.cache
 def library() -> Any:
     """The built functions, loaded once; None where they were not built or cannot be loaded beside this torch."""
-    names = (f"_kernels{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    found = next((path for name in names if (path := Path(__file__).with_name(name)).exists()), None)
-    if found is None:
-        return None
+    loaded = built(Path(__file__).with_name("_kernels"))
     try:
-        loaded = ctypes.CDLL(str(found))  # its OpenMP calls are resolved by the library that torch has loaded
-        for name, arguments in _ARGUMENTS.items():
+        for name, arguments in _ARGUMENTS.items() if loaded is not None else ():
             function = getattr(loaded, name)
             function.argtypes, function.restype = arguments, _I if name == "fold_rows" else None
-    except (OSError, AttributeError):
+    except AttributeError:
         return None
     return loaded
 
@@ -64,10 +70,15 @@ def usable(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
         return False
-    return all(t is None or (type(t) in _PLAIN and t.dtype is first.dtype and t.device.type == "cpu") for t in tensors)
+    return all(t is None or (t.dtype is first.dtype and plain(t)) for t in tensors)
 
 
-def _operator(schema: str, without_numbers: Callable[..., Any]) -> Callable[[Any], Any]:
+def plain(tensor: Tensor) -> bool:
+    """True for a tensor in main memory, with numbers or standing for one, that is of no kind of its own."""
+    return type(tensor) in _PLAIN and tensor.device.type == "cpu"
+
+
+def operator(schema: str, without_numbers: Callable[..., Any]) -> Callable[[Any], Any]:
     """Register a function as torch's operator `schema`; `without_numbers` gives its results for tensors that have only shapes.
 
     The way through torch's dispatcher into Python costs more than most of these functions, so it is taken only where somebody is on it.
@@ -102,7 +113,7 @@ def _norm_results(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
     return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@_operator("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _norm_results)
+@operator("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _norm_results)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x (N, h), contiguous, weight (h) float32 -> (y (N, h), 1 / rms (N) float32). The reference is `norm.rms_norm_reference`."""
     y, inverse = _norm_results(x, weight, eps)
@@ -111,7 +122,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, inverse
 
 
-@_operator(
+@operator(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse) -> Tensor",
     lambda g, x, w, i: torch.empty_like(x),
 )
@@ -123,7 +134,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) 
     return dx
 
 
-@_operator("silu_gate(Tensor gate, Tensor up) -> Tensor", lambda gate, up: gate.new_empty(gate.shape))
+@operator("silu_gate(Tensor gate, Tensor up) -> Tensor", lambda gate, up: gate.new_empty(gate.shape))
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up for (N, h) each, rows contiguous -> (N, h). The reference is `gated.silu_gate_reference`."""
     y = gate.new_empty(gate.shape)
@@ -132,7 +143,7 @@ def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-@_operator(
+@operator(
     "silu_gate_backward(Tensor grad, Tensor gate, Tensor up, Tensor(a!) of_gate, Tensor(b!) of_up) -> ()", _nothing
 )
 def silu_gate_backward(grad: Tensor, gate: Tensor, up: Tensor, of_gate: Tensor, of_up: Tensor) -> None:
@@ -142,7 +153,7 @@ def silu_gate_backward(grad: Tensor, gate: Tensor, up: Tensor, of_gate: Tensor, 
     library().silu_gate_backward(*operands, *results, *gate.shape, _wide(gate))
 
 
-@_operator(
+@operator(
     "gather_heads(Tensor source, Tensor index, Tensor(a!) out, Tensor? cos, Tensor? sin, float scale) -> ()", _nothing
 )
 def gather_heads(
@@ -157,7 +168,7 @@ def gather_heads(
     library().gather_heads(*operands, n, S, heads, D, scale, _wide(out))
 
 
-@_operator(
+@operator(
     "scatter_heads(Tensor source, Tensor starts, Tensor places, Tensor(a!) out, int heads, Tensor? cos, Tensor? sin, float scale) -> ()",
     _nothing,
 )  # fmt: skip
@@ -180,21 +191,21 @@ def scatter_heads(
     library().scatter_heads(*operands, len(out), heads, out.shape[1] // heads, scale, _wide(out))
 
 
-@_operator("causal_softmax(Tensor(a!) scores, int block, int first) -> ()", _nothing)
+@operator("causal_softmax(Tensor(a!) scores, int block, int first) -> ()", _nothing)
 def causal_softmax(scores: Tensor, block: int, first: int) -> None:
     """Softmax over scores (..., width), contiguous, in place: of each `block` rows the first sees `first` keys, each later one one more."""
     width = scores.shape[-1]
     library().causal_softmax(scores.data_ptr(), scores.numel() // width, block, first, width, _wide(scores))
 
 
-@_operator("softmax_backward(Tensor P, Tensor(a!) dP) -> ()", _nothing)
+@operator("softmax_backward(Tensor P, Tensor(a!) dP) -> ()", _nothing)
 def softmax_backward(P: Tensor, dP: Tensor) -> None:
     """dP (..., width) becomes the gradient of the scores, P · (dP - sum of P · dP); both contiguous."""
     width = P.shape[-1]
     library().softmax_backward(P.data_ptr(), dP.data_ptr(), P.numel() // width, width, _wide(P))
 
 
-@_operator(
+@operator(
     "fold_rows(Tensor(a!) W, Tensor A, Tensor B, float scaling) -> (bool, float, float)", lambda *_: (True, 0.0, 0.0)
 )
 def fold_rows(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[bool, float, float]:

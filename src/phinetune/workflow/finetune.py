@@ -175,9 +175,11 @@ def _forecast(
 
 def _computed(layout: str, fast: FastPaths) -> dict[str, Any]:
     """What the run computed with, for the manifest."""
-    from phinetune.model.kernels import library
+    from phinetune.lora import tiles
+    from phinetune.model import kernels
 
-    return {"layout": layout, "fast_paths": {**asdict(fast), "kernels": fast.kernels and library() is not None}}
+    built = {"kernels": kernels.library() is not None, "tiles": tiles.library() is not None}
+    return {"layout": layout, "fast_paths": {k: on and built.get(k, True) for k, on in asdict(fast).items()}}
 
 
 def _order(

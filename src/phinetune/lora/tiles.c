@@ -1,0 +1,432 @@
+/* The products of LoRA layers that share their input, in one call forward and one backward, on processors with AMX.
+ *
+ *     Y_i = X W_i' + s D_i B_i'       D_i = X A_i'                                             (' is the transpose)
+ *     U_i = s G_i B_i                 dX = sum of G_i W_i + U_i A_i        dA_i = U_i' X        dB_i = s G_i' D_i
+ *
+ * As separate products the factors' are too slim: each costs its call and a pass over rows, and Y and dX are written and read again. Here
+ * a block of 32 x 32 results stays in tile registers while it goes along W and the factors both, and is rounded once. W is brought into the
+ * tiles' layout a panel of 32 columns at a time, on the way: nothing is kept packed.
+ *
+ * Plain C over pointers, called by tiles.py, which makes the checks: X (M, K), G_i and Y_i (M, N_i), W_i (N_i, K) bfloat16, rows contiguous;
+ * A_i (r_i, K), B_i (N_i, r_i) and their gradients float32 or bfloat16; K and N_i multiples of 32. D and U (M, R) bfloat16, R the sum of
+ * ranks, each filled up to a multiple of 32 with zeros. Sums are float32. Not here: bias, dropout, quantized weights, other processors.
+ */
+#if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define WITH_TILES __attribute__((target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16")))
+
+typedef uint16_t half;            /* bfloat16 */
+enum { TILE = 512, MOST = 8 };    /* numbers of a tile of 16 rows of 32 (or of 16 pairs of rows of 16); layers at most */
+enum { CHUNK = 512 };             /* rows of X that a packed panel serves */
+
+typedef struct {
+    int64_t M, K, n, R;
+    const half *X;
+    const half *W[MOST];
+    const half *G[MOST];
+    half *Y[MOST];
+    const void *A[MOST];
+    const void *B[MOST];
+    void *dA[MOST];
+    void *dB[MOST];
+    int64_t N[MOST], r[MOST], at[MOST]; /* at: the first column in D and U */
+    half *D, *dX;
+    float s;
+    int wide; /* factors are float32 */
+} Layers;
+
+/* 1 if this process may use tiles: the system is asked for leave (arch_prctl, ARCH_REQ_XCOMP_PERM of tile data). */
+int tiles_usable(void)
+{
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+
+static inline int64_t filled(int64_t n) { return (n + 31) / 32 * 32; }
+
+struct shape { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; };
+
+/* Tiles 0 to 3 are results, 4 and 5 rows of the left operand (`upper` and `lower` of them), 6 and 7 of the right one. */
+WITH_TILES static void shape_tiles(int upper, int lower)
+{
+    struct shape shape;
+    memset(&shape, 0, sizeof shape);
+    shape.palette = 1;
+    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+    shape.rows[0] = shape.rows[1] = shape.rows[4] = (uint8_t)upper;
+    shape.rows[2] = shape.rows[3] = shape.rows[5] = (uint8_t)(lower ? lower : 16);
+    _tile_loadconfig(&shape);
+}
+
+/* Adds left (upper + lower rows, 32 `steps`) times a panel (2 tiles a step) to tiles 0 to 3. */
+WITH_TILES static inline void multiply(const half *left, int64_t stride, const half *panel, int64_t steps, int lower)
+{
+    if (lower)
+        for (int64_t k = 0; k < steps; k++, left += 32, panel += 2 * TILE) {
+            _tile_loadd(4, left, stride * 2);
+            _tile_loadd(6, panel, 64);
+            _tile_loadd(7, panel + TILE, 64);
+            _tile_loadd(5, left + 16 * stride, stride * 2);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    else
+        for (int64_t k = 0; k < steps; k++, left += 32, panel += 2 * TILE) {
+            _tile_loadd(4, left, stride * 2);
+            _tile_loadd(6, panel, 64);
+            _tile_loadd(7, panel + TILE, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+}
+
+WITH_TILES static inline void clear(void)
+{
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+/* Tiles 0 to 3 -> block (32, 32). */
+WITH_TILES static inline void fetch(float *block, int lower)
+{
+    _tile_stored(0, block, 128);
+    _tile_stored(1, block + 16, 128);
+    if (lower) {
+        _tile_stored(2, block + 512, 128);
+        _tile_stored(3, block + 528, 128);
+    }
+}
+
+/* Tiles 0 to 3 -> rows of 32 in bfloat16. */
+WITH_TILES static inline void put(half *to, int64_t stride, int upper, int lower)
+{
+    float block[1024] __attribute__((aligned(64)));
+    fetch(block, lower);
+    for (int i = 0; i < upper + lower; i++) {
+        __m512 low = _mm512_load_ps(block + 32 * i), high = _mm512_load_ps(block + 32 * i + 16);
+        _mm512_storeu_si512(to + i * stride, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+}
+
+/* ---- operands in the tiles' layout: tile row p, column n holds the pair (2p, n), (2p + 1, n) of the right operand ---- */
+
+static inline float number(const void *from, int64_t at, int wide)
+{
+    uint32_t bits;
+    float value;
+    if (wide) return ((const float *)from)[at];
+    bits = (uint32_t)((const half *)from)[at] << 16;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline half rounded(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0u;
+    return (half)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+/* 16 rows of 16 pairs -> 16 rows of pairs the other way round (a transpose of 32-bit numbers). */
+WITH_TILES static inline void transpose_pairs(const half *from, int64_t stride, half *to)
+{
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_si512(to + 32 * i, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512(to + 32 * (i + 8), _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        _mm512_storeu_si512(to + 32 * (i + 4), _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_storeu_si512(to + 32 * (i + 12), _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}
+
+/* 32 rows of 32 numbers, of which `rows` are there -> two tiles of pairs of rows; the others count as zero. */
+WITH_TILES static inline void interleave(const half *from, int64_t stride, half *to, int64_t rows)
+{
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    for (int64_t p = 0; p < 16; p++) {
+        __m512i one = 2 * p < rows ? _mm512_loadu_si512(from + 2 * p * stride) : _mm512_setzero_si512();
+        __m512i other = 2 * p + 1 < rows ? _mm512_loadu_si512(from + (2 * p + 1) * stride) : _mm512_setzero_si512();
+        _mm512_storeu_si512(to + 32 * p, _mm512_permutex2var_epi16(one, first, other));
+        _mm512_storeu_si512(to + TILE + 32 * p, _mm512_permutex2var_epi16(one, second, other));
+    }
+}
+
+/* Columns n to n + 32 of X W' need rows n to n + 32 of W (N, K): 2 tiles for each 32 of K. */
+WITH_TILES static void pack_rows(const half *W, int64_t K, half *to)
+{
+    for (int64_t k = 0; k < K; k += 32, to += 2 * TILE) {
+        transpose_pairs(W + k, K, to);
+        transpose_pairs(W + 16 * K + k, K, to + TILE);
+    }
+}
+
+/* 32 rows of a factor (rows, width) from row `first` on, as bfloat16, scaled; rows beyond the last are zero. */
+static void factor_rows(const void *from, int64_t rows, int64_t width, int64_t first, float s, int wide, half *to)
+{
+    for (int64_t i = 0; i < 32; i++)
+        for (int64_t k = 0; k < width; k++) to[i * width + k] = first + i < rows ? rounded(s * number(from, (first + i) * width + k, wide)) : 0;
+}
+
+/* The same of columns: (rows, width) from column `first` on -> (rows, 32). */
+static void factor_columns(const void *from, int64_t rows, int64_t width, int64_t first, float s, int wide, half *to)
+{
+    int64_t there = width - first < 32 ? width - first : 32;
+    for (int64_t i = 0; i < rows; i++) {
+        for (int64_t k = 0; k < there; k++) to[i * 32 + k] = rounded(s * number(from, i * width + first + k, wide));
+        memset(to + i * 32 + there, 0, (size_t)(32 - there) * sizeof(half));
+    }
+}
+
+static half *room(int64_t numbers) { return aligned_alloc(64, (size_t)((numbers + 31) / 32 * 32) * sizeof(half)); }
+
+static void note(int *failed) /* all threads go on, or none */
+{
+#pragma omp atomic write
+    *failed = 1;
+}
+
+/* ---- forward ---- */
+
+WITH_TILES static void down(const Layers *l, half *panels, half *rows)
+{
+    int64_t steps = l->K / 32;
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < l->R / 32; c++) { /* A as panels */
+        int64_t i = 0;
+        while (i + 1 < l->n && l->at[i + 1] <= 32 * c) i++;
+        factor_rows(l->A[i], l->r[i], l->K, 32 * c - l->at[i], 1.0f, l->wide, rows);
+        pack_rows(rows, l->K, panels + c * steps * 2 * TILE);
+    }
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < l->M; m += 32) {
+        int there = (int)(l->M - m < 32 ? l->M - m : 32), upper = there < 16 ? there : 16;
+        shape_tiles(upper, there - upper);
+        for (int64_t c = 0; c < l->R / 32; c++) {
+            clear();
+            multiply(l->X + m * l->K, l->K, panels + c * steps * 2 * TILE, steps, there - upper);
+            put(l->D + m * l->R + 32 * c, l->R, upper, there - upper);
+        }
+    }
+}
+
+WITH_TILES static void up(const Layers *l, half *panel, half *columns)
+{
+    int64_t blocks = 0, steps = l->K / 32;
+    for (int64_t i = 0; i < l->n; i++) blocks += l->N[i] / 32;
+    for (int64_t from = 0; from < l->M; from += CHUNK) {
+        int64_t to = l->M - from < CHUNK ? l->M : from + CHUNK;
+#pragma omp for schedule(static) nowait
+        for (int64_t block = 0; block < blocks; block++) {
+            int64_t i = 0, n = block;
+            while (n >= l->N[i] / 32) n -= l->N[i++] / 32;
+            int64_t deep = filled(l->r[i]);
+            pack_rows(l->W[i] + 32 * n * l->K, l->K, panel);
+            for (int64_t k = 0; k < deep; k += 32) {
+                half *tiles = panel + (steps + k / 32) * 2 * TILE;
+                const char *B = (const char *)l->B[i] + 32 * n * l->r[i] * (l->wide ? 4 : 2);
+                factor_columns(B, 32, l->r[i], k, l->s, l->wide, columns);
+                transpose_pairs(columns, 32, tiles);
+                transpose_pairs(columns + 512, 32, tiles + TILE);
+            }
+            for (int64_t m = from; m < to; m += 32) {
+                int there = (int)(to - m < 32 ? to - m : 32), upper = there < 16 ? there : 16;
+                if (m == from || there < 32) shape_tiles(upper, there - upper);
+                clear();
+                multiply(l->X + m * l->K, l->K, panel, steps, there - upper);
+                multiply(l->D + m * l->R + l->at[i], l->R, panel + steps * 2 * TILE, deep / 32, there - upper);
+                put(l->Y[i] + m * l->N[i] + 32 * n, l->N[i], upper, there - upper);
+            }
+        }
+    }
+}
+
+WITH_TILES static int forward(const Layers *l)
+{
+    int failed = 0;
+    half *panels = room(l->R * l->K);
+#pragma omp parallel
+    {
+        int64_t deepest = 0;
+        for (int64_t i = 0; i < l->n; i++) deepest = filled(l->r[i]) > deepest ? filled(l->r[i]) : deepest;
+        half *panel = room((l->K + deepest) * 32), *rows = room(32 * l->K + 1024);
+        if (!panels || !panel || !rows) note(&failed);
+#pragma omp barrier
+        if (!failed) {
+            down(l, panels, rows);
+            up(l, panel, rows);
+            _tile_release();
+        }
+        free(panel);
+        free(rows);
+    }
+    free(panels);
+    return failed;
+}
+
+/* ---- backward ---- */
+
+WITH_TILES static void gradient_of_D(const Layers *l, half *panels, half *U, half *columns)
+{
+    for (int64_t i = 0; i < l->n; i++) {
+        int64_t steps = l->N[i] / 32, parts = filled(l->r[i]) / 32;
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < steps; k++)
+            for (int64_t c = 0; c < parts; c++) {
+                const char *B = (const char *)l->B[i] + 32 * k * l->r[i] * (l->wide ? 4 : 2);
+                factor_columns(B, 32, l->r[i], 32 * c, l->s, l->wide, columns);
+                interleave(columns, 32, panels + (c * steps + k) * 2 * TILE, 32);
+            }
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < l->M; m += 32) {
+            int there = (int)(l->M - m < 32 ? l->M - m : 32), upper = there < 16 ? there : 16;
+            shape_tiles(upper, there - upper);
+            for (int64_t c = 0; c < parts; c++) {
+                clear();
+                multiply(l->G[i] + m * l->N[i], l->N[i], panels + c * steps * 2 * TILE, steps, there - upper);
+                put(U + m * l->R + l->at[i] + 32 * c, l->R, upper, there - upper);
+            }
+        }
+    }
+}
+
+WITH_TILES static void gradient_of_X(const Layers *l, const half *U, half *panel, half *columns)
+{
+    for (int64_t from = 0; from < l->M; from += CHUNK) {
+        int64_t to = l->M - from < CHUNK ? l->M : from + CHUNK;
+#pragma omp for schedule(static) nowait
+        for (int64_t n = 0; n < l->K; n += 32) {
+            half *tiles = panel;
+            for (int64_t i = 0; i < l->n; i++)
+                for (int64_t k = 0; k < l->N[i]; k += 32, tiles += 2 * TILE) interleave(l->W[i] + k * l->K + n, l->K, tiles, 32);
+            for (int64_t i = 0; i < l->n; i++)
+                for (int64_t k = 0; k < l->r[i]; k += 32, tiles += 2 * TILE) {
+                    int64_t there = l->r[i] - k < 32 ? l->r[i] - k : 32;
+                    for (int64_t row = 0; row < there; row++)
+                        for (int64_t j = 0; j < 32; j++) columns[32 * row + j] = rounded(number(l->A[i], (k + row) * l->K + n + j, l->wide));
+                    interleave(columns, 32, tiles, there);
+                }
+            for (int64_t m = from; m < to; m += 32) {
+                int there = (int)(to - m < 32 ? to - m : 32), upper = there < 16 ? there : 16;
+                if (m == from || there < 32) shape_tiles(upper, there - upper);
+                tiles = panel;
+                clear();
+                for (int64_t i = 0; i < l->n; i++) {
+                    multiply(l->G[i] + m * l->N[i], l->N[i], tiles, l->N[i] / 32, there - upper);
+                    tiles += l->N[i] / 32 * 2 * TILE;
+                }
+                multiply(U + m * l->R, l->R, tiles, l->R / 32, there - upper);
+                put(l->dX + m * l->K + n, l->K, upper, there - upper);
+            }
+        }
+    }
+}
+
+/* from (M, R) -> to (R, M filled up with zeros) */
+static void turn(const half *from, int64_t M, int64_t R, half *to)
+{
+    int64_t width = filled(M);
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < R; c++) {
+        for (int64_t m = 0; m < M; m++) to[c * width + m] = from[m * R + c];
+        memset(to + c * width + M, 0, (size_t)(width - M) * sizeof(half));
+    }
+}
+
+static inline void set(void *to, int64_t at, float value, int wide)
+{
+    if (wide) ((float *)to)[at] = value;
+    else ((half *)to)[at] = rounded(value);
+}
+
+/* left (r of R rows, M filled up) times right (M, width) -> to (r, width), or (width, r) if `across`, scaled. */
+WITH_TILES static void over_rows(const half *left, int64_t r, int64_t M, const half *right, int64_t width, void *to, int across, float s, int wide, half *panel)
+{
+    float block[1024] __attribute__((aligned(64)));
+    int64_t deep = filled(M);
+#pragma omp for schedule(static) nowait
+    for (int64_t n = 0; n < width; n += 32) {
+        for (int64_t k = 0; k < M; k += 32) interleave(right + k * width + n, width, panel + k / 32 * 2 * TILE, M - k);
+        shape_tiles(16, 16);
+        for (int64_t c = 0; c < r; c += 32) {
+            int64_t there = r - c < 32 ? r - c : 32;
+            int lower = there > 16 ? 16 : 0;
+            clear();
+            multiply(left + c * deep, deep, panel, deep / 32, lower);
+            fetch(block, lower);
+            for (int64_t i = 0; i < there; i++)
+                for (int64_t j = 0; j < 32; j++) set(to, across ? (n + j) * r + c + i : (c + i) * width + n + j, s * block[32 * i + j], wide);
+        }
+    }
+}
+
+WITH_TILES static int backward(const Layers *l)
+{
+    int failed = 0;
+    int64_t widest = 0, total = 0, deep = filled(l->M);
+    for (int64_t i = 0; i < l->n; i++) {
+        widest = filled(l->r[i]) * l->N[i] > widest ? filled(l->r[i]) * l->N[i] : widest;
+        total += l->N[i];
+    }
+    half *panels = room(widest), *U = room(l->M * l->R), *turned = room(2 * l->R * deep);
+#pragma omp parallel
+    {
+        half *panel = room((total + l->R > deep ? total + l->R : deep) * 32), *columns = room(1024);
+        if (!panels || !U || !turned || !panel || !columns) note(&failed);
+#pragma omp barrier
+        if (!failed) {
+            gradient_of_D(l, panels, U, columns);
+            if (l->dX) gradient_of_X(l, U, panel, columns);
+            turn(U, l->M, l->R, turned);
+            turn(l->D, l->M, l->R, turned + l->R * deep);
+            for (int64_t i = 0; i < l->n; i++) {
+                over_rows(turned + l->at[i] * deep, l->r[i], l->M, l->X, l->K, l->dA[i], 0, 1.0f, l->wide, panel);
+                over_rows(turned + (l->R + l->at[i]) * deep, l->r[i], l->M, l->G[i], l->N[i], l->dB[i], 1, l->s, l->wide, panel);
+            }
+            _tile_release();
+        }
+        free(panel);
+        free(columns);
+    }
+    free(panels);
+    free(U);
+    free(turned);
+    return failed;
+}
+
+int lora_forward(const Layers *layers) { return forward(layers); }
+int lora_backward(const Layers *layers) { return backward(layers); }
+
+#else
+int tiles_usable(void) { return 0; }
+int lora_forward(const void *layers) { return layers != 0; }
+int lora_backward(const void *layers) { return layers != 0; }
+#endif

@@ -1,0 +1,192 @@
+"""LoRA layers that share their input, all their products in one call forward and one backward, on processors with matrix tiles (AMX).
+
+`tiles.c` has the arithmetic and is built when phinetune is installed where there is a compiler. Beside the products one by one
+(`functional.py`, `group.py`, which are the reference), sums stay in float32 until the end, so results are nearer to the exact ones.
+`usable` says where it serves: bfloat16 in main memory, no bias, no dropout, dense weights, widths that tiles divide; everything else goes
+the other way. Many rows do, too: there torch's products are as fast.
+
+Not here: autograd for anything else, which layers share their input.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from phinetune.lora.frozen import is_quantized
+from phinetune.lora.functional import Spans, lora_linear
+from phinetune.model.kernels import built, operator, plain
+
+_MOST = 8
+"""Layers in one call at most (tiles.c)."""
+_FEWEST = 32
+"""Rows below which torch's products are called: one block of tiles."""
+
+
+class _Layers(ctypes.Structure):
+    """`Layers` of tiles.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("M", "K", "n", "R")),
+        ("X", ctypes.c_void_p),
+        *((name, ctypes.c_void_p * _MOST) for name in ("W", "G", "Y", "A", "B", "dA", "dB")),
+        *((name, ctypes.c_int64 * _MOST) for name in ("N", "r", "at")),
+        ("D", ctypes.c_void_p),
+        ("dX", ctypes.c_void_p),
+        ("s", ctypes.c_float),
+        ("wide", ctypes.c_int),
+    )
+
+
+@functools.cache
+def library() -> Any:
+    """The built functions, loaded once; None where they were not built, or the processor or the system has no tiles for us."""
+    loaded = built(Path(__file__).with_name("_tiles"))
+    try:
+        if loaded is None or not loaded.tiles_usable():
+            return None
+        for function in (loaded.lora_forward, loaded.lora_backward):
+            function.argtypes, function.restype = (ctypes.c_void_p,), ctypes.c_int
+    except (OSError, AttributeError):
+        return None
+    return loaded
+
+
+def usable(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]]) -> bool:
+    """True if the functions are there and serve x (..., in) and layers of (W (out, in), bias, A (r, in), B (out, r))."""
+    if x.dtype is not torch.bfloat16 or library() is None or len(layers) > _MOST or x.numel() < _FEWEST * x.shape[-1]:
+        return False
+    if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu") or not plain(x):
+        return False
+    factors = layers[0][2].dtype
+    return x.shape[-1] % 32 == 0 and all(
+        bias is None and not is_quantized(W) and W.dtype is x.dtype and W.is_contiguous() and W.shape[0] % 32 == 0
+        and not W.requires_grad and A.dtype is B.dtype is factors and factors in (torch.float32, torch.bfloat16)
+        and A.is_contiguous() and B.is_contiguous() and len(A) > 0 and all(plain(t) for t in (W, A, B))
+        for W, bias, A, B in layers
+    )  # fmt: skip
+
+
+def lora_linear_tiles(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    spans: Spans | None = None,
+    folded: bool = False,
+) -> Tensor:
+    """As `functional.lora_linear`, in one call each way where that can be. There it can be differentiated once only."""
+    whole = mask is None and not folded and (spans is None or spans == ((0, weight.shape[0]),))
+    if whole and torch._C._get_tracing_state() is None and usable(x, [(weight, bias, lora_A, lora_B)]):
+        result: Tensor = TilesFunction.apply(x, scaling, weight, lora_A, lora_B)[0]  # type: ignore[no-untyped-call]
+        return result
+    return lora_linear(x, weight, bias, lora_A, lora_B, scaling, mask, spans, folded)
+
+
+class TilesFunction(torch.autograd.Function):
+    """(x (..., in), scaling, then W (out_i, in), A (r_i, in), B (out_i, r_i) of each layer) -> y_i (..., out_i)."""
+
+    @staticmethod
+    def forward(ctx, x, scaling, *tensors):  # type: ignore[no-untyped-def]
+        W, A, B = tensors[::3], tensors[1::3], tensors[2::3]
+        flat = x.reshape(-1, x.shape[-1]).contiguous()  # (N, in)
+        *results, down = lora_products(flat, W, A, B, scaling)
+        ctx.save_for_backward(flat, down, *tensors)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        flat, down, *tensors = ctx.saved_tensors
+        W, A, B = tensors[::3], tensors[1::3], tensors[2::3]
+        g = [grad.reshape(-1, grad.shape[-1]).contiguous() for grad in grads]
+        n, of_x = len(W), ctx.needs_input_grad[0]
+        found = lora_products_backward(flat, down, g, W, A, B, ctx.scaling, of_x)
+        factors = [t for pair in zip(found[-2 * n : -n], found[-n:], strict=True) for t in (None, *pair)]
+        return found[0].view(ctx.shape) if of_x else None, None, *factors
+
+
+def _forward_results(x: Tensor, W: list[Tensor], A: list[Tensor], B: list[Tensor], scaling: float) -> list[Tensor]:
+    return [*(x.new_empty(len(x), len(w)) for w in W), x.new_empty(len(x), sum(_filled(len(a)) for a in A))]
+
+
+def _backward_results(
+    x: Tensor, down: Tensor, g: list[Tensor], W: Any, A: list[Tensor], B: list[Tensor], scaling: float, of_x: bool
+) -> list[Tensor]:
+    return [torch.empty_like(t) for t in ([x, *A, *B] if of_x else [*A, *B])]
+
+
+@operator(
+    "lora_products(Tensor x, Tensor[] W, Tensor[] A, Tensor[] B, float scaling) -> Tensor[]", _forward_results
+)
+def lora_products(x: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float) -> list[Tensor]:
+    """x (N, in) -> y_i = x W_iᵀ + s (x A_iᵀ) B_iᵀ of each layer, and x Aᵀ of all, (N, ranks filled up to 32 each), for the way back."""
+    *Y, down = _forward_results(x, list(W), list(A), list(B), scaling)
+    layers = _layers(x, down, W, A, B, scaling)
+    for i, y in enumerate(Y):
+        layers.Y[i] = y.data_ptr()
+    _run(library().lora_forward, layers)
+    return [*Y, down]
+
+
+@operator(
+    "lora_products_backward(Tensor x, Tensor down, Tensor[] g, Tensor[] W, Tensor[] A, Tensor[] B, float scaling, bool of_x) -> Tensor[]",
+    _backward_results,
+)  # fmt: skip
+def lora_products_backward(
+    x: Tensor, down: Tensor, g: Sequence[Tensor], W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float, of_x: bool
+) -> list[Tensor]:  # fmt: skip
+    """dL/dx (N, in), if `of_x`, then dL/dA_i of each layer, then dL/dB_i, for g_i = dL/dy_i (N, out_i)."""
+    found = _backward_results(x, down, list(g), W, list(A), list(B), scaling, of_x)
+    layers, n = _layers(x, down, W, A, B, scaling), len(W)
+    layers.dX = found[0].data_ptr() if of_x else None
+    for i in range(n):
+        layers.G[i], layers.dA[i], layers.dB[i] = (t.data_ptr() for t in (g[i], found[i - 2 * n], found[i - n]))
+    _run(library().lora_backward, layers)
+    return found
+
+
+@register_flop_formula(torch.ops.phinetune.lora_products)
+def _forward_flops(x: Any, W: Any, A: Any, B: Any, scaling: float, *, out_shape: Any = None, **_: Any) -> int:
+    return 2 * x[0] * sum(w[0] * w[1] + a[0] * (w[0] + w[1]) for w, a in zip(W, A, strict=True))
+
+
+@register_flop_formula(torch.ops.phinetune.lora_products_backward)
+def _backward_flops(
+    x: Any, down: Any, g: Any, W: Any, A: Any, B: Any, scaling: float, of_x: bool, *, out_shape: Any = None, **_: Any
+) -> int:
+    def one(w: Any, a: Any) -> int:  # U and dB; dA; and dx, where it is wanted
+        return 2 * a[0] * w[0] + a[0] * w[1] + of_x * w[1] * (w[0] + a[0])
+
+    return 2 * x[0] * sum(one(w, a) for w, a in zip(W, A, strict=True))
+
+
+def _layers(x: Tensor, down: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float) -> _Layers:
+    (M, K), at = x.shape, 0
+    layers = _Layers(M=M, K=K, n=len(W), R=down.shape[1], X=x.data_ptr(), D=down.data_ptr(), s=scaling)
+    layers.wide = A[0].dtype is torch.float32
+    for i, (w, a, b) in enumerate(zip(W, A, B, strict=True)):
+        layers.W[i], layers.A[i], layers.B[i] = w.data_ptr(), a.data_ptr(), b.data_ptr()
+        layers.N[i], layers.r[i], layers.at[i] = len(w), len(a), at
+        at += _filled(len(a))
+    return layers
+
+
+def _run(function: Any, layers: _Layers) -> None:
+    if function(ctypes.addressof(layers)):
+        raise MemoryError("LoRA products: no memory for a panel of the weights")
+
+
+def _filled(r: int) -> int:
+    return -(-r // 32) * 32
