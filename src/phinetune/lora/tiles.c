@@ -4,12 +4,15 @@
  *     U_i = s G_i B_i                 dX = sum of G_i W_i + U_i A_i        dA_i = U_i' X        dB_i = s G_i' D_i
  *
  * As separate products the factors' are too slim: each costs its call and a pass over rows, and Y and dX are written and read again. Here
- * a block of 32 x 32 results stays in tile registers while it goes along W and the factors both, and is rounded once. W is brought into the
- * tiles' layout a panel of 32 columns at a time, on the way: nothing is kept packed.
+ * a block of 32 x 32 results stays in tile registers while it goes along W and the factors both, and is rounded once.
+ *
+ * Tiles load fastest from memory without gaps, so the left operands (X, G) are copied into blocks of 32 rows by 32 columns first, the last
+ * rows filled up with zeros, and W is brought into the tiles' layout a panel of 32 columns at a time, on the way: nothing stays packed.
  *
  * Plain C over pointers, called by tiles.py, which makes the checks: X (M, K), G_i and Y_i (M, N_i), W_i (N_i, K) bfloat16, rows contiguous;
- * A_i (r_i, K), B_i (N_i, r_i) and their gradients float32 or bfloat16; K and N_i multiples of 32. D and U (M, R) bfloat16, R the sum of
- * ranks, each filled up to a multiple of 32 with zeros. Sums are float32. Not here: bias, dropout, quantized weights, other processors.
+ * A_i (r_i, K), B_i (N_i, r_i) and their gradients float32 or bfloat16; K and N_i multiples of 32. D and U are blocked as X is, M and each
+ * rank filled up to a multiple of 32 with zeros, R the sum of these ranks. Sums are float32. Not here: bias, dropout, quantized weights,
+ * other processors.
  */
 #if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
 #include <immintrin.h>
@@ -23,7 +26,7 @@
 
 typedef uint16_t half;            /* bfloat16 */
 enum { TILE = 512, MOST = 8 };    /* numbers of a tile of 16 rows of 32 (or of 16 pairs of rows of 16); layers at most */
-enum { CHUNK = 512 };             /* rows of X that a packed panel serves */
+enum { CACHED = 1 << 19 };        /* numbers of a left operand that stay in the second cache while panel after panel is multiplied with them */
 
 typedef struct {
     int64_t M, K, n, R;
@@ -52,23 +55,29 @@ static inline int64_t filled(int64_t n) { return (n + 31) / 32 * 32; }
 
 struct shape { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; };
 
-/* Tiles 0 to 3 are results, 4 and 5 rows of the left operand (`upper` and `lower` of them), 6 and 7 of the right one. */
-WITH_TILES static void shape_tiles(int upper, int lower)
+/* Tiles 0 to 3 are results, 4 and 5 upper and lower rows of the left operand, 6 and 7 of the right one: 16 rows of 64 bytes each. */
+WITH_TILES static void shape_tiles(void)
 {
     struct shape shape;
     memset(&shape, 0, sizeof shape);
     shape.palette = 1;
     for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
-    shape.rows[0] = shape.rows[1] = shape.rows[4] = (uint8_t)upper;
-    shape.rows[2] = shape.rows[3] = shape.rows[5] = (uint8_t)(lower ? lower : 16);
     _tile_loadconfig(&shape);
 }
 
-/* Adds left (upper + lower rows, 32 `steps`) times a panel (2 tiles a step) to tiles 0 to 3. */
-WITH_TILES static inline void multiply(const half *left, int64_t stride, const half *panel, int64_t steps, int lower)
+WITH_TILES static inline void clear(void)
+{
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+/* Adds 32 blocked rows times a panel (32 columns, two tiles a step), 32 `steps` deep, to tiles 0 to 3; without `lower` the upper 16 rows. */
+WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t advance, const half *panel, int64_t steps, int lower)
 {
     if (lower)
-        for (int64_t k = 0; k < steps; k++, left += 32, panel += 2 * TILE) {
+        for (int64_t k = 0; k < steps; k++, left += advance, panel += 2 * TILE) {
             _tile_loadd(4, left, stride * 2);
             _tile_loadd(6, panel, 64);
             _tile_loadd(7, panel + TILE, 64);
@@ -79,21 +88,13 @@ WITH_TILES static inline void multiply(const half *left, int64_t stride, const h
             _tile_dpbf16ps(3, 5, 7);
         }
     else
-        for (int64_t k = 0; k < steps; k++, left += 32, panel += 2 * TILE) {
+        for (int64_t k = 0; k < steps; k++, left += advance, panel += 2 * TILE) {
             _tile_loadd(4, left, stride * 2);
             _tile_loadd(6, panel, 64);
             _tile_loadd(7, panel + TILE, 64);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
         }
-}
-
-WITH_TILES static inline void clear(void)
-{
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
 }
 
 /* Tiles 0 to 3 -> block (32, 32). */
@@ -107,12 +108,12 @@ WITH_TILES static inline void fetch(float *block, int lower)
     }
 }
 
-/* Tiles 0 to 3 -> rows of 32 in bfloat16. */
-WITH_TILES static inline void put(half *to, int64_t stride, int upper, int lower)
+/* Tiles 0 to 3 -> the first `rows` rows of 32 in bfloat16. */
+WITH_TILES static inline void put(half *to, int64_t stride, int64_t rows)
 {
     float block[1024] __attribute__((aligned(64)));
-    fetch(block, lower);
-    for (int i = 0; i < upper + lower; i++) {
+    fetch(block, rows > 16);
+    for (int64_t i = 0; i < rows; i++) {
         __m512 low = _mm512_load_ps(block + 32 * i), high = _mm512_load_ps(block + 32 * i + 16);
         _mm512_storeu_si512(to + i * stride, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
@@ -206,7 +207,23 @@ static void factor_columns(const void *from, int64_t rows, int64_t width, int64_
     }
 }
 
+/* Rows m to m + 32 of from (M, width) -> blocks of 32 x 32, one for each 32 columns; rows beyond the last are zero. */
+WITH_TILES static void block_rows(const half *from, int64_t M, int64_t width, int64_t m, half *to)
+{
+    int64_t there = M - m < 32 ? M - m : 32;
+    for (int64_t i = 0; i < 32; i++)
+        for (int64_t k = 0; k < width; k += 32)
+            _mm512_store_si512(to + 32 * k + 32 * i, i < there ? _mm512_loadu_si512(from + (m + i) * width + k) : _mm512_setzero_si512());
+}
+
 static half *room(int64_t numbers) { return aligned_alloc(64, (size_t)((numbers + 31) / 32 * 32) * sizeof(half)); }
+
+/* Rows of a left operand of this depth that are worked on at a time: even shares of M, at least 128 and at most 512. */
+static int64_t chunk(int64_t M, int64_t depth)
+{
+    int64_t fit = CACHED / depth < 128 ? 128 : CACHED / depth > 512 ? 512 : CACHED / depth, parts = (M + fit - 1) / fit;
+    return filled((M + parts - 1) / parts);
+}
 
 static void note(int *failed) /* all threads go on, or none */
 {
@@ -216,7 +233,7 @@ static void note(int *failed) /* all threads go on, or none */
 
 /* ---- forward ---- */
 
-WITH_TILES static void down(const Layers *l, half *panels, half *rows)
+WITH_TILES static void down(const Layers *l, half *X, half *panels, half *rows)
 {
     int64_t steps = l->K / 32;
 #pragma omp for schedule(static)
@@ -228,22 +245,22 @@ WITH_TILES static void down(const Layers *l, half *panels, half *rows)
     }
 #pragma omp for schedule(static)
     for (int64_t m = 0; m < l->M; m += 32) {
-        int there = (int)(l->M - m < 32 ? l->M - m : 32), upper = there < 16 ? there : 16;
-        shape_tiles(upper, there - upper);
+        block_rows(l->X, l->M, l->K, m, X + m * l->K);
         for (int64_t c = 0; c < l->R / 32; c++) {
             clear();
-            multiply(l->X + m * l->K, l->K, panels + c * steps * 2 * TILE, steps, there - upper);
-            put(l->D + m * l->R + 32 * c, l->R, upper, there - upper);
+            multiply(X + m * l->K, 32, 1024, panels + c * steps * 2 * TILE, steps, l->M - m > 16);
+            if (l->M - m <= 16) memset(l->D + m * l->R + 1024 * c + 512, 0, 1024);
+            put(l->D + m * l->R + 1024 * c, 32, l->M - m > 16 ? 32 : 16);
         }
     }
 }
 
-WITH_TILES static void up(const Layers *l, half *panel, half *columns)
+WITH_TILES static void up(const Layers *l, const half *X, half *panel, half *columns)
 {
     int64_t blocks = 0, steps = l->K / 32;
     for (int64_t i = 0; i < l->n; i++) blocks += l->N[i] / 32;
-    for (int64_t from = 0; from < l->M; from += CHUNK) {
-        int64_t to = l->M - from < CHUNK ? l->M : from + CHUNK;
+    const int64_t rows = chunk(l->M, l->K);
+    for (int64_t from = 0; from < l->M; from += rows) {
 #pragma omp for schedule(static) nowait
         for (int64_t block = 0; block < blocks; block++) {
             int64_t i = 0, n = block;
@@ -257,13 +274,12 @@ WITH_TILES static void up(const Layers *l, half *panel, half *columns)
                 transpose_pairs(columns, 32, tiles);
                 transpose_pairs(columns + 512, 32, tiles + TILE);
             }
-            for (int64_t m = from; m < to; m += 32) {
-                int there = (int)(to - m < 32 ? to - m : 32), upper = there < 16 ? there : 16;
-                if (m == from || there < 32) shape_tiles(upper, there - upper);
+            for (int64_t m = from; m < l->M && m < from + rows; m += 32) {
+                int64_t there = l->M - m < 32 ? l->M - m : 32;
                 clear();
-                multiply(l->X + m * l->K, l->K, panel, steps, there - upper);
-                multiply(l->D + m * l->R + l->at[i], l->R, panel + steps * 2 * TILE, deep / 32, there - upper);
-                put(l->Y[i] + m * l->N[i] + 32 * n, l->N[i], upper, there - upper);
+                multiply(X + m * l->K, 32, 1024, panel, steps, there > 16);
+                multiply(l->D + m * l->R + 32 * l->at[i], 32, 1024, panel + steps * 2 * TILE, deep / 32, there > 16);
+                put(l->Y[i] + m * l->N[i] + 32 * n, l->N[i], there);
             }
         }
     }
@@ -272,29 +288,31 @@ WITH_TILES static void up(const Layers *l, half *panel, half *columns)
 WITH_TILES static int forward(const Layers *l)
 {
     int failed = 0;
-    half *panels = room(l->R * l->K);
+    half *panels = room(l->R * l->K), *X = room(filled(l->M) * l->K);
 #pragma omp parallel
     {
         int64_t deepest = 0;
         for (int64_t i = 0; i < l->n; i++) deepest = filled(l->r[i]) > deepest ? filled(l->r[i]) : deepest;
         half *panel = room((l->K + deepest) * 32), *rows = room(32 * l->K + 1024);
-        if (!panels || !panel || !rows) note(&failed);
+        if (!panels || !X || !panel || !rows) note(&failed);
 #pragma omp barrier
         if (!failed) {
-            down(l, panels, rows);
-            up(l, panel, rows);
+            shape_tiles();
+            down(l, X, panels, rows);
+            up(l, X, panel, rows);
             _tile_release();
         }
         free(panel);
         free(rows);
     }
     free(panels);
+    free(X);
     return failed;
 }
 
 /* ---- backward ---- */
 
-WITH_TILES static void gradient_of_D(const Layers *l, half *panels, half *U, half *columns)
+WITH_TILES static void gradient_of_D(const Layers *l, half *const *G, half *panels, half *U, half *columns)
 {
     for (int64_t i = 0; i < l->n; i++) {
         int64_t steps = l->N[i] / 32, parts = filled(l->r[i]) / 32;
@@ -307,21 +325,22 @@ WITH_TILES static void gradient_of_D(const Layers *l, half *panels, half *U, hal
             }
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < l->M; m += 32) {
-            int there = (int)(l->M - m < 32 ? l->M - m : 32), upper = there < 16 ? there : 16;
-            shape_tiles(upper, there - upper);
+            block_rows(l->G[i], l->M, l->N[i], m, G[i] + m * l->N[i]);
             for (int64_t c = 0; c < parts; c++) {
                 clear();
-                multiply(l->G[i] + m * l->N[i], l->N[i], panels + c * steps * 2 * TILE, steps, there - upper);
-                put(U + m * l->R + l->at[i] + 32 * c, l->R, upper, there - upper);
+                multiply(G[i] + m * l->N[i], 32, 1024, panels + c * steps * 2 * TILE, steps, 1);
+                put(U + m * l->R + 32 * l->at[i] + 1024 * c, 32, 32);
             }
         }
     }
 }
 
-WITH_TILES static void gradient_of_X(const Layers *l, const half *U, half *panel, half *columns)
+WITH_TILES static void gradient_of_X(const Layers *l, half *const *G, const half *U, half *panel, half *columns)
 {
-    for (int64_t from = 0; from < l->M; from += CHUNK) {
-        int64_t to = l->M - from < CHUNK ? l->M : from + CHUNK;
+    int64_t depth = 0;
+    for (int64_t i = 0; i < l->n; i++) depth += l->N[i];
+    const int64_t rows = chunk(l->M, depth);
+    for (int64_t from = 0; from < l->M; from += rows) {
 #pragma omp for schedule(static) nowait
         for (int64_t n = 0; n < l->K; n += 32) {
             half *tiles = panel;
@@ -334,31 +353,28 @@ WITH_TILES static void gradient_of_X(const Layers *l, const half *U, half *panel
                         for (int64_t j = 0; j < 32; j++) columns[32 * row + j] = rounded(number(l->A[i], (k + row) * l->K + n + j, l->wide));
                     interleave(columns, 32, tiles, there);
                 }
-            for (int64_t m = from; m < to; m += 32) {
-                int there = (int)(to - m < 32 ? to - m : 32), upper = there < 16 ? there : 16;
-                if (m == from || there < 32) shape_tiles(upper, there - upper);
+            for (int64_t m = from; m < l->M && m < from + rows; m += 32) {
+                int64_t there = l->M - m < 32 ? l->M - m : 32;
                 tiles = panel;
                 clear();
-                for (int64_t i = 0; i < l->n; i++) {
-                    multiply(l->G[i] + m * l->N[i], l->N[i], tiles, l->N[i] / 32, there - upper);
-                    tiles += l->N[i] / 32 * 2 * TILE;
-                }
-                multiply(U + m * l->R, l->R, tiles, l->R / 32, there - upper);
-                put(l->dX + m * l->K + n, l->K, upper, there - upper);
+                for (int64_t i = 0; i < l->n; tiles += l->N[i++] / 32 * 2 * TILE)
+                    multiply(G[i] + m * l->N[i], 32, 1024, tiles, l->N[i] / 32, there > 16);
+                multiply(U + m * l->R, 32, 1024, tiles, l->R / 32, there > 16);
+                put(l->dX + m * l->K + n, l->K, there);
             }
         }
     }
 }
 
-/* from (M, R) -> to (R, M filled up with zeros) */
-static void turn(const half *from, int64_t M, int64_t R, half *to)
+/* Blocked rows of D or U, (M filled up, R) -> (R, M filled up); what fills a rank up is left out. */
+static void turn(const Layers *l, const half *from, half *to)
 {
-    int64_t width = filled(M);
+    int64_t width = filled(l->M);
 #pragma omp for schedule(static)
-    for (int64_t c = 0; c < R; c++) {
-        for (int64_t m = 0; m < M; m++) to[c * width + m] = from[m * R + c];
-        memset(to + c * width + M, 0, (size_t)(width - M) * sizeof(half));
-    }
+    for (int64_t m = 0; m < l->M; m += 32)
+        for (int64_t i = 0; i < l->n; i++)
+            for (int64_t c = l->at[i]; c < l->at[i] + l->r[i]; c++)
+                for (int64_t j = 0; j < 32; j++) to[c * width + m + j] = from[m * l->R + c / 32 * 1024 + 32 * j + c % 32];
 }
 
 static inline void set(void *to, int64_t at, float value, int wide)
@@ -367,23 +383,33 @@ static inline void set(void *to, int64_t at, float value, int wide)
     else ((half *)to)[at] = rounded(value);
 }
 
-/* left (r of R rows, M filled up) times right (M, width) -> to (r, width), or (width, r) if `across`, scaled. */
-WITH_TILES static void over_rows(const half *left, int64_t r, int64_t M, const half *right, int64_t width, void *to, int across, float s, int wide, half *panel)
+/* left (r, M filled up) times a panel of 32 columns from n on -> to (r, width), or (width, r) if `across`, scaled. */
+WITH_TILES static void over_rows(const half *left, int64_t r, int64_t deep, const half *panel, int64_t n, int64_t width, void *to, int across, float s, int wide)
 {
     float block[1024] __attribute__((aligned(64)));
-    int64_t deep = filled(M);
+    for (int64_t c = 0; c < r; c += 32) {
+        int64_t there = r - c < 32 ? r - c : 32;
+        clear();
+        multiply(left + c * deep, deep, 32, panel, deep / 32, there > 16);
+        fetch(block, there > 16);
+        for (int64_t i = 0; i < there; i++)
+            for (int64_t j = 0; j < 32; j++) set(to, across ? (n + j) * r + c + i : (c + i) * width + n + j, s * block[32 * i + j], wide);
+    }
+}
+
+WITH_TILES static void gradients_of_factors(const Layers *l, const half *turned_U, const half *turned_D, half *panel)
+{
+    int64_t deep = filled(l->M);
 #pragma omp for schedule(static) nowait
-    for (int64_t n = 0; n < width; n += 32) {
-        for (int64_t k = 0; k < M; k += 32) interleave(right + k * width + n, width, panel + k / 32 * 2 * TILE, M - k);
-        shape_tiles(16, 16);
-        for (int64_t c = 0; c < r; c += 32) {
-            int64_t there = r - c < 32 ? r - c : 32;
-            int lower = there > 16 ? 16 : 0;
-            clear();
-            multiply(left + c * deep, deep, panel, deep / 32, lower);
-            fetch(block, lower);
-            for (int64_t i = 0; i < there; i++)
-                for (int64_t j = 0; j < 32; j++) set(to, across ? (n + j) * r + c + i : (c + i) * width + n + j, s * block[32 * i + j], wide);
+    for (int64_t n = 0; n < l->K; n += 32) {
+        for (int64_t m = 0; m < l->M; m += 32) interleave(l->X + m * l->K + n, l->K, panel + m * 32, l->M - m);
+        for (int64_t i = 0; i < l->n; i++) over_rows(turned_U + l->at[i] * deep, l->r[i], deep, panel, n, l->K, l->dA[i], 0, 1.0f, l->wide);
+    }
+    for (int64_t i = 0; i < l->n; i++) {
+#pragma omp for schedule(static) nowait
+        for (int64_t n = 0; n < l->N[i]; n += 32) {
+            for (int64_t m = 0; m < l->M; m += 32) interleave(l->G[i] + m * l->N[i] + n, l->N[i], panel + m * 32, l->M - m);
+            over_rows(turned_D + l->at[i] * deep, l->r[i], deep, panel, n, l->N[i], l->dB[i], 1, l->s, l->wide);
         }
     }
 }
@@ -392,25 +418,25 @@ WITH_TILES static int backward(const Layers *l)
 {
     int failed = 0;
     int64_t widest = 0, total = 0, deep = filled(l->M);
+    half *G[MOST];
     for (int64_t i = 0; i < l->n; i++) {
         widest = filled(l->r[i]) * l->N[i] > widest ? filled(l->r[i]) * l->N[i] : widest;
         total += l->N[i];
     }
-    half *panels = room(widest), *U = room(l->M * l->R), *turned = room(2 * l->R * deep);
+    half *panels = room(widest), *U = room(deep * l->R), *turned = room(2 * l->R * deep), *blocked = room(deep * total);
+    for (int64_t i = 0, at = 0; i < l->n; at += deep * l->N[i++]) G[i] = blocked ? blocked + at : 0;
 #pragma omp parallel
     {
         half *panel = room((total + l->R > deep ? total + l->R : deep) * 32), *columns = room(1024);
-        if (!panels || !U || !turned || !panel || !columns) note(&failed);
+        if (!panels || !U || !turned || !blocked || !panel || !columns) note(&failed);
 #pragma omp barrier
         if (!failed) {
-            gradient_of_D(l, panels, U, columns);
-            if (l->dX) gradient_of_X(l, U, panel, columns);
-            turn(U, l->M, l->R, turned);
-            turn(l->D, l->M, l->R, turned + l->R * deep);
-            for (int64_t i = 0; i < l->n; i++) {
-                over_rows(turned + l->at[i] * deep, l->r[i], l->M, l->X, l->K, l->dA[i], 0, 1.0f, l->wide, panel);
-                over_rows(turned + (l->R + l->at[i]) * deep, l->r[i], l->M, l->G[i], l->N[i], l->dB[i], 1, l->s, l->wide, panel);
-            }
+            shape_tiles();
+            gradient_of_D(l, G, panels, U, columns);
+            if (l->dX) gradient_of_X(l, G, U, panel, columns);
+            turn(l, U, turned);
+            turn(l, l->D, turned + l->R * deep);
+            gradients_of_factors(l, turned, turned + l->R * deep, panel);
             _tile_release();
         }
         free(panel);
@@ -419,6 +445,7 @@ WITH_TILES static int backward(const Layers *l)
     free(panels);
     free(U);
     free(turned);
+    free(blocked);
     return failed;
 }
 

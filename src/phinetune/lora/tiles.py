@@ -3,7 +3,7 @@
 `tiles.c` has the arithmetic and is built when phinetune is installed where there is a compiler. Beside the products one by one
 (`functional.py`, `group.py`, which are the reference), sums stay in float32 until the end, so results are nearer to the exact ones.
 `usable` says where it serves: bfloat16 in main memory, no bias, no dropout, dense weights, widths that tiles divide; everything else goes
-the other way. Many rows do, too: there torch's products are as fast.
+the other way.
 
 Not here: autograd for anything else, which layers share their input.
 """
@@ -26,8 +26,8 @@ from phinetune.model.kernels import built, operator, plain
 
 _MOST = 8
 """Layers in one call at most (tiles.c)."""
-_FEWEST = 32
-"""Rows below which torch's products are called: one block of tiles."""
+_ROWS = range(32, 1025)
+"""How many rows x may have: one block of tiles at least; of more than these torch's products are as fast, or faster (measured)."""
 
 
 class _Layers(ctypes.Structure):
@@ -61,7 +61,12 @@ def library() -> Any:
 
 def usable(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]]) -> bool:
     """True if the functions are there and serve x (..., in) and layers of (W (out, in), bias, A (r, in), B (out, r))."""
-    if x.dtype is not torch.bfloat16 or library() is None or len(layers) > _MOST or x.numel() < _FEWEST * x.shape[-1]:
+    if (
+        x.dtype is not torch.bfloat16
+        or library() is None
+        or len(layers) > _MOST
+        or x.numel() // x.shape[-1] not in _ROWS
+    ):
         return False
     if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu") or not plain(x):
         return False
@@ -118,7 +123,7 @@ class TilesFunction(torch.autograd.Function):
 
 
 def _forward_results(x: Tensor, W: list[Tensor], A: list[Tensor], B: list[Tensor], scaling: float) -> list[Tensor]:
-    return [*(x.new_empty(len(x), len(w)) for w in W), x.new_empty(len(x), sum(_filled(len(a)) for a in A))]
+    return [*(x.new_empty(len(x), len(w)) for w in W), x.new_empty(_filled(len(x)), sum(_filled(len(a)) for a in A))]
 
 
 def _backward_results(
@@ -127,11 +132,12 @@ def _backward_results(
     return [torch.empty_like(t) for t in ([x, *A, *B] if of_x else [*A, *B])]
 
 
-@operator(
-    "lora_products(Tensor x, Tensor[] W, Tensor[] A, Tensor[] B, float scaling) -> Tensor[]", _forward_results
-)
-def lora_products(x: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float) -> list[Tensor]:
-    """x (N, in) -> y_i = x W_iᵀ + s (x A_iᵀ) B_iᵀ of each layer, and x Aᵀ of all, (N, ranks filled up to 32 each), for the way back."""
+@operator("lora_products(Tensor x, Tensor[] W, Tensor[] A, Tensor[] B, float scaling) -> Tensor[]", _forward_results)
+def lora_products(
+    x: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float
+) -> list[Tensor]:
+    """x (N, in) -> y_i = x W_iᵀ + s (x A_iᵀ) B_iᵀ of each layer, and what the way back needs: x Aᵀ of all, N and each rank filled up to 32,
+    in the order of tiles.c."""
     *Y, down = _forward_results(x, list(W), list(A), list(B), scaling)
     layers = _layers(x, down, W, A, B, scaling)
     for i, y in enumerate(Y):
@@ -159,7 +165,8 @@ def lora_products_backward(
 
 @register_flop_formula(torch.ops.phinetune.lora_products)
 def _forward_flops(x: Any, W: Any, A: Any, B: Any, scaling: float, *, out_shape: Any = None, **_: Any) -> int:
-    return 2 * x[0] * sum(w[0] * w[1] + a[0] * (w[0] + w[1]) for w, a in zip(W, A, strict=True))
+    one_row = sum(int(w[0] * w[1] + a[0] * (w[0] + w[1])) for w, a in zip(W, A, strict=True))
+    return 2 * int(x[0]) * one_row
 
 
 @register_flop_formula(torch.ops.phinetune.lora_products_backward)
@@ -167,12 +174,14 @@ def _backward_flops(
     x: Any, down: Any, g: Any, W: Any, A: Any, B: Any, scaling: float, of_x: bool, *, out_shape: Any = None, **_: Any
 ) -> int:
     def one(w: Any, a: Any) -> int:  # U and dB; dA; and dx, where it is wanted
-        return 2 * a[0] * w[0] + a[0] * w[1] + of_x * w[1] * (w[0] + a[0])
+        return int(2 * a[0] * w[0] + a[0] * w[1] + of_x * w[1] * (w[0] + a[0]))
 
-    return 2 * x[0] * sum(one(w, a) for w, a in zip(W, A, strict=True))
+    return 2 * int(x[0]) * sum(one(w, a) for w, a in zip(W, A, strict=True))
 
 
-def _layers(x: Tensor, down: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float) -> _Layers:
+def _layers(
+    x: Tensor, down: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float
+) -> _Layers:
     (M, K), at = x.shape, 0
     layers = _Layers(M=M, K=K, n=len(W), R=down.shape[1], X=x.data_ptr(), D=down.data_ptr(), s=scaling)
     layers.wide = A[0].dtype is torch.float32
@@ -188,5 +197,5 @@ def _run(function: Any, layers: _Layers) -> None:
         raise MemoryError("LoRA products: no memory for a panel of the weights")
 
 
-def _filled(r: int) -> int:
-    return -(-r // 32) * 32
+def _filled(count: int) -> int:
+    return -(-count // 32) * 32

@@ -45,7 +45,9 @@ def built(path: Path) -> Any:
     names = (path.name + suffix for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     found = next((file for name in names if (file := path.with_name(name)).exists()), None)
     try:
-        return None if found is None else ctypes.CDLL(str(found))  # its OpenMP calls are resolved by the library that torch has loaded
+        return (
+            None if found is None else ctypes.CDLL(str(found))
+        )  # its OpenMP calls are resolved by the library that torch has loaded
     except OSError:
         return None
 
