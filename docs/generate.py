@@ -146,7 +146,7 @@ output_dir: adapter
 | `layout` | `auto`, `padded`, `tree` |
 | `train_sampling_strategy` | `auto`, `random`, `sequential`, `group_by_length`, `group_by_prefix` |
 | `checkpoint_layers` | how many layers compute their activations again instead of keeping them, or `all` |
-| `fast_paths` | `false`, or switches: `attention`, `fused_rows`, `norm`, `kernels`, `linear`, `grouped`, `last_rows`, `chunked_loss`, `rounded`, `compiled` |
+| `fast_paths` | `false`, or switches: `attention`, `fused_rows`, `norm`, `kernels`, `linear`, `grouped`, `tiles`, `last_rows`, `chunked_loss`, `rounded`, `compiled` |
 | `reference` | `true`: no fast path at all, padded batches |
 | `keep_freed_memory` | `false` gives freed blocks back to the system at once |
 | `skip_memory_check` | `true` trains even if the plan says that memory is not enough |

@@ -23,13 +23,15 @@ from phinetune.lora.group import choose_arithmetic
 from phinetune.lora.injection import inject
 from phinetune.model import compute
 from phinetune.model.fast import FastPaths, speed_up
+from phinetune.model.grid import Grid
 from phinetune.model.load import LoadPlan, load_model, read_model_config
 from phinetune.model.quantized import Quantization
-from phinetune.training import estimate, estimate_time
+from phinetune.training import estimate, estimate_run, estimate_time
 from phinetune.training.checkpointing import LayerCount, checkpoint_layers
 from phinetune.training.estimate import StepEstimator, StepSettings, optimizer_bytes, trace_step
 from phinetune.workflow import forecast_training
 from tiny import PROMPT, tone_rows, write_rows
+from zoo import zoo_model
 
 CPU = torch.device("cpu")
 NEEDS_4_BITS = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -200,6 +202,77 @@ def test_what_is_timed_on_a_busy_machine_is_scaled_and_forgotten_later(
         assert found.known[estimate_time.digest(other)] == 8.0 * scaled
         assert found.known[estimate_time.digest(one)] == 8.0
         assert found.known["pace"] == min(first, then)
+
+
+def deep(layers: int, **options: Any) -> StepEstimator:
+    config = zoo_model("llama", num_hidden_layers=layers).config
+    return StepEstimator(StepSettings(config, LoadPlan(torch.float32, CPU, "eager"), LoraConfig(r=4), **options))
+
+
+@pytest.mark.parametrize("layers", [2, 3, 7])
+@pytest.mark.parametrize("count", [0, "all"], ids=["kept", "recomputed"])
+def test_a_real_step_of_three_layers_is_timed(layers: int, count: LayerCount) -> None:
+    batch = tree_batch(rows(3, 30))
+    estimator = deep(layers, checkpoint_layers=count)
+    found = estimator.measured(batch, 5.0)
+    assert found is not None
+    seconds, calls = found
+    assert 0 < seconds < 5.0
+    assert calls == deep(min(layers, 3), checkpoint_layers=count)(batch).calls
+    assert estimator(batch).calls.total() >= calls.total()
+
+
+def test_no_real_step_where_memory_or_time_is_short_or_layers_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = padded_batch(rows(3, 30), 0)
+    assert deep(7).measured(batch, 0.0) is None
+    plan = LoadPlan(torch.float32, CPU, "eager")
+    config = zoo_model("llama", num_hidden_layers=7).config
+    assert (
+        StepEstimator(StepSettings(config, plan, LoraConfig(r=4, rank_pattern={r"model\.layers\.1\..*": 8}))).measured(
+            batch, 5.0
+        )
+        is None
+    )
+    monkeypatch.setattr(estimate, "available_memory", lambda: 1000)
+    assert deep(7).measured(batch, 5.0) is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("quantization", [Quantization("nf4", True), Grid()], ids=["nf4", "grid"])
+def test_a_quantized_base_is_timed_with_made_up_numbers_too(quantization: Any) -> None:
+    config = zoo_model("llama", hidden_size=64, intermediate_size=64).config
+    plan = LoadPlan(torch.float32, CPU, "eager", quantization=quantization)
+    assert StepEstimator(StepSettings(config, plan, LoraConfig(r=4))).measured(padded_batch(rows(2, 20), 0), 5.0)
+
+
+def test_what_a_step_takes_more_than_its_operators_is_measured_and_remembered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PHINETUNE_CACHE", str(tmp_path))
+    batch, estimator = padded_batch(rows(3, 30), 0), deep(7)
+    step = estimator(batch)
+    clock = estimate_time.OperatorClock()
+    clock.remember("overhead", 0.0)
+    alone = estimate_run.run_time(estimator, [(step, batch)], 1, clock).step_seconds - clock.update_seconds(
+        estimator.adapters
+    )
+    three = clock.seconds(deep(3)(batch).calls)
+    monkeypatch.setattr(StepEstimator, "measured", lambda self, *_: (3 * three, deep(3)(batch).calls))
+    monkeypatch.setattr(estimate_time.OperatorClock, "slower", lambda self: 2.0)
+
+    def passes(measuring: float) -> float:
+        again = estimate_time.OperatorClock()
+        found = estimate_run.run_time(estimator, [(step, batch)], 1, again, measuring)
+        return found.step_seconds - again.update_seconds(estimator.adapters)
+
+    assert passes(1.0) == pytest.approx(3 * alone, rel=1e-6)
+    assert passes(0.0) == pytest.approx(1.5 * alone, rel=1e-6)  # the machine was twice as slow as at its best
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("a foreign model")
+
+    monkeypatch.setattr(StepEstimator, "measured", fails)
+    assert passes(1.0) == pytest.approx(1.5 * alone, rel=1e-6)
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:

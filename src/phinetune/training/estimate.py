@@ -15,6 +15,8 @@ Not here: the process and its libraries, seconds (`estimate_time.py`), what is c
 from __future__ import annotations
 
 import re
+import statistics
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -24,12 +26,18 @@ from torch import Tensor, nn
 
 from phinetune.lora.config import LoraConfig
 from phinetune.lora.rounding import forget_rounded
+from phinetune.model.compute import available_memory
 from phinetune.model.fast import FastPaths
 from phinetune.model.grid import Grid
 from phinetune.model.load import LoadPlan
 from phinetune.training.checkpointing import LayerCount, checkpoint_layers
 from phinetune.training.estimate_layers import MiddleLayer, decoder_layers
-from phinetune.training.estimate_model import build_on_meta, quantization_tensors, without_numbers
+from phinetune.training.estimate_model import (
+    build_on_meta,
+    quantization_tensors,
+    with_made_up_numbers,
+    without_numbers,
+)
 from phinetune.training.estimate_trace import Call, Peak, StepTrace, storage_bytes
 from phinetune.training.loss import supervised_loss
 from phinetune.training.rows import last_mlp
@@ -45,6 +53,7 @@ _STATE = {
     "ademamix": 3.0,
     "adafactor": 0.05,
 }
+_STEPS = 6  # real ones at most, the first of which is not counted: it compiles products
 _STATES_OF_8_BITS = {"adamw": 2, "lion": 1, "ademamix": 3, "rmsprop": 1}
 
 
@@ -119,6 +128,31 @@ class StepEstimator:
         parts = {**peak.parts, "optimizer": self.optimizer}
         return StepEstimate(Peak(peak.total + self.optimizer, parts), calls)
 
+    def measured(self, batch: dict[str, Tensor], budget: float) -> tuple[float, Counter[Call]] | None:
+        """(seconds that a real step takes now, its operators), of the model cut to three layers, with made-up numbers.
+
+        At most about `budget` seconds and half of the memory that can be had; None where that is not enough, or layers differ.
+        """
+        settings, layers = self.settings, min(3, self._depth)
+        if not self._alike and self._depth > 3:
+            return None
+        trace = self._trace(self._prepared(layers, settings.checkpoint_layers), batch)
+        available = available_memory()
+        if available is not None and max(peak.total for peak in trace.peaks.values()) > available / 2:
+            return None
+        options = settings.config, settings.load, settings.lora, settings.fast_paths, settings.grid, layers
+        model = with_made_up_numbers(build_on_meta(*options))
+        checkpoint_layers(model, settings.checkpoint_layers, settings.checkpoint_options, lambda event: None)
+        taken: list[float] = []
+        begun = time.perf_counter()
+        while len(taken) < _STEPS and time.perf_counter() - begun < budget:
+            start = time.perf_counter()
+            _step(model, batch, settings.label_smoothing, settings.fast_paths)
+            taken.append(time.perf_counter() - start)
+            for parameter in _trained(model):
+                parameter.grad = None
+        return (statistics.median(taken[1:]), trace.calls) if len(taken) > 1 else None
+
     def _extended(self, batch: dict[str, Tensor], count: LayerCount) -> tuple[dict[str, Peak], Counter[Call]]:
         """Peaks by phase and operators of the whole model with no layer checkpointed, or all, from three of its layers."""
         model = self._prepared(3, count)
@@ -167,17 +201,29 @@ def trace_step(
         handles.append(hook(lambda p: trace.hold([p.grad], "gradients")))
     try:
         with trace:
-            last = last_mlp(model) if fast_paths.last_rows else None
-            head, chunked, rounded = model.get_output_embeddings(), fast_paths.chunked_loss, fast_paths.rounded
-            loss = supervised_loss(model, head, batch, model.dtype, None, label_smoothing, chunked, last, rounded)
-            trace.phase = "backward"
-            torch.autograd.backward(loss)
+            _step(model, batch, label_smoothing, fast_paths, trace)
     finally:
         for handle in handles:
             handle.remove()
         for parameter in trained:
             parameter.grad = None
     return trace
+
+
+def _step(
+    model: Any,
+    batch: dict[str, Tensor],
+    label_smoothing: float,
+    fast_paths: FastPaths,
+    trace: StepTrace | None = None,
+) -> None:
+    """Forward and backward as training has them."""
+    last = last_mlp(model) if fast_paths.last_rows else None
+    head, chunked, rounded = model.get_output_embeddings(), fast_paths.chunked_loss, fast_paths.rounded
+    loss = supervised_loss(model, head, batch, model.dtype, None, label_smoothing, chunked, last, rounded)
+    if trace is not None:
+        trace.phase = "backward"
+    torch.autograd.backward(loss)
 
 
 def optimizer_bytes(name: str, parameters: list[Tensor]) -> int:

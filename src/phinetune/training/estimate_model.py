@@ -8,6 +8,7 @@ by the same `inject` as in training. Token ids and masks stay real, so what depe
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -121,37 +122,61 @@ def without_numbers(model: nn.Module) -> nn.Module:
     """`model`, built on the meta device, with every tensor of it a fake one on the CPU; what was shared stays shared."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-    mode, done = FakeTensorMode(allow_non_fake_inputs=True), dict[int, Tensor]()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return _filled(model, lambda tensor: FakeTensor(mode, tensor.detach(), torch.device("cpu")))
 
-    def fake(tensor: Tensor) -> Tensor:
+
+def with_made_up_numbers(model: nn.Module) -> nn.Module:
+    """`model`, built on the meta device, with every tensor of it a real one on the CPU: good for timing it, and for nothing else."""
+    draw = torch.Generator().manual_seed(0)
+    some = torch.empty(1 << 20).normal_(std=0.02, generator=draw)
+
+    def made(tensor: Tensor) -> Tensor:
+        real = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if not real.is_floating_point():
+            return real.zero_()
+        if real.dim() < 2:
+            return real.fill_(1.0)
+        for piece in torch.split(real.view(-1), len(some)):
+            piece.copy_(some[: len(piece)])
+        return real
+
+    return _filled(model, made)
+
+
+def _filled(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """`model`, built on the meta device, with `make` of every tensor in the tensor's place; what was shared stays shared."""
+    done: dict[int, Tensor] = {}
+    keep: list[Tensor] = []
+
+    def made(tensor: Tensor) -> Tensor:
         if id(tensor) not in done:
-            made: Tensor = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+            one = make(tensor)
             if isinstance(tensor, nn.Parameter):
-                made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+                one = nn.Parameter(one, requires_grad=tensor.requires_grad)
             if (state := getattr(tensor, "quant_state", None)) is not None:
-                made.quant_state = _fake_state(state, fake)  # type: ignore[attr-defined]
-            done[id(tensor)] = made
+                one.quant_state = _filled_state(state, made)  # type: ignore[attr-defined]
+            done[id(tensor)] = one
             keep.append(tensor)  # its id must not be given away
         return done[id(tensor)]
 
-    keep: list[Tensor] = []
     for module in model.modules():
         places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
         for held in places:
             for name, value in list(held.items()):
                 if isinstance(value, Tensor) and value.is_meta:
-                    held[name] = fake(value)
+                    held[name] = made(value)
     return model
 
 
-def _fake_state(state: Any, fake: Any) -> Any:
-    """A bitsandbytes `QuantState` with its tensors fake."""
+def _filled_state(state: Any, made: Callable[[Tensor], Tensor]) -> Any:
+    """A bitsandbytes `QuantState` with `made` of its tensors."""
     state = copy.copy(state)
     for name, value in list(vars(state).items()):
         if isinstance(value, Tensor):
-            setattr(state, name, fake(value))
+            setattr(state, name, made(value))
     if state.state2 is not None:
-        state.state2 = _fake_state(state.state2, fake)
+        state.state2 = _filled_state(state.state2, made)
     return state
 
 

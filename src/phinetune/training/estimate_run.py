@@ -9,6 +9,7 @@ The largest batch is the one of the longest examples: random batches seldom meet
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from phinetune.data.encoding import MASKED
 from phinetune.training.estimate import StepEstimate, StepEstimator, trace_step
 from phinetune.training.estimate_time import OperatorClock, call_overhead
+from phinetune.training.estimate_trace import Call
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from phinetune.data.examples import Examples
 
+_TOGETHER = "together"  # of what a clock knows: see `_together`
 _DRAWN = 48
 """Random batches among which the ones to be timed are chosen."""
 
@@ -73,16 +76,43 @@ def run_time(
     steps: Sequence[tuple[StepEstimate, dict[str, Tensor]]],
     accumulation: int,
     clock: OperatorClock,
+    measuring: float = 0.0,
 ) -> RunTime:
-    """Mean over `steps` (estimate, batch) of forward and backward, times `accumulation`, and the optimizer's part."""
+    """Mean over `steps` (estimate, batch) of forward and backward, times `accumulation`, and the optimizer's part.
+
+    In `measuring` seconds, if any, a step of three real layers is timed, to correct the sum of the operators by what it takes more.
+    """
     overhead, count = _overhead(clock), len(steps)
-    passes = [clock.seconds(s.calls) + overhead * sum(s.calls.values()) for s, _ in steps]
+    passes = [_sum(clock, s.calls, overhead) for s, _ in steps]
+    more = _together(estimator, steps[count // 2][1], overhead, clock, measuring)
     clock.save()
     return RunTime(
-        accumulation * sum(passes) / count + clock.update_seconds(estimator.adapters),
+        accumulation * more * sum(passes) / count + clock.update_seconds(estimator.adapters),
         accumulation * sum(s.flops for s, _ in steps) // count,
         accumulation * sum(b["input_ids"].numel() for _, b in steps) / count,
     )
+
+
+def _sum(clock: OperatorClock, calls: Counter[Call], overhead: float) -> float:
+    return clock.seconds(calls) + overhead * sum(calls.values())
+
+
+def _together(
+    estimator: StepEstimator, batch: dict[str, Tensor], overhead: float, clock: OperatorClock, measuring: float
+) -> float:
+    """How many times longer a step takes than its operators by themselves, whose operands are in the caches: measured, or as last measured.
+
+    Measured, it has in it whatever slows the machine down just now; remembered, it has not.
+    """
+    try:
+        found = estimator.measured(batch, measuring) if measuring else None
+    except Exception:  # whatever a foreign model's code makes of made-up numbers
+        found = None
+    if found is None:
+        return clock.known.get(_TOGETHER, 1.0)
+    more = found[0] / _sum(clock, found[1], overhead)
+    clock.remember(_TOGETHER, more / clock.slower())
+    return more
 
 
 def _overhead(clock: OperatorClock) -> float:

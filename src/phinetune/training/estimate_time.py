@@ -59,6 +59,10 @@ class OperatorClock:
         self._time(list(_STANDARD))
         return _UPDATE_PASSES * trained / self._rates(list(_STANDARD))[1]
 
+    def remember(self, name: str, value: float) -> None:
+        """Keep a figure of this machine that is no operator's."""
+        self.known[name], self._new = value, True
+
     def save(self) -> None:
         """Remember what was timed."""
         if self._new:
@@ -126,7 +130,7 @@ def call_overhead(step: Any, calls: Counter[Call]) -> float:
         step()
         taken.append(time.perf_counter() - start)
     found = max(0.0, (statistics.median(taken) / clock.slower() - clock.seconds(calls)) / sum(calls.values()))
-    clock.known["overhead"], clock._new = found, True
+    clock.remember("overhead", found)
     clock.save()
     return found
 

@@ -46,6 +46,8 @@ _SLACK, _SLACK_CHECKPOINTING = 0.25, 1.75
 """What glibc's allocator keeps beyond what is alive, as a share of all that comes and goes in a step: freed pieces between blocks that
 stay are reused badly, most so where layers are recomputed. Measured, on the embedded model; with MALLOC_MMAP_THRESHOLD_=131072 in the
 environment it is nothing, and a step takes longer."""
+_MEASURING = 6.0
+"""Seconds that `plan` spends on real steps of three layers, about."""
 _FIRST_USE = 60 << 20
 """Bytes of code and buffers that torch and oneDNN make when they are first used (measured)."""
 _MERGE = 400 << 20
@@ -204,7 +206,8 @@ class TrainingForecast:
             self.train, variant.batch, self._collator(variant), batches or 1, self.arguments.seed, limit
         )
         if batches:
-            return run_time(estimator, [(estimator(b), b) for b in typical], variant.accumulation, self._clock)
+            steps = [(estimator(b), b) for b in typical]
+            return run_time(estimator, steps, variant.accumulation, self._clock, _MEASURING)
         step, sizes = self._largest_step(variant)
         share = min(1.0, typical[0]["input_ids"].numel() / sizes["tokens"])
         time = run_time(estimator, [(step, typical[0])], variant.accumulation, self._clock)
