@@ -21,7 +21,7 @@ from phinetune.events import Event, Note
 from phinetune.lora.config import LoraConfig
 from phinetune.lora.group import choose_arithmetic
 from phinetune.lora.injection import inject
-from phinetune.model import compute
+from phinetune.model import compute, kernels
 from phinetune.model.fast import FastPaths, speed_up
 from phinetune.model.grid import Grid
 from phinetune.model.load import LoadPlan, load_model, read_model_config
@@ -210,31 +210,29 @@ def deep(layers: int, **options: Any) -> StepEstimator:
 
 
 @pytest.mark.parametrize("layers", [2, 3, 7])
-@pytest.mark.parametrize("count", [0, "all"], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("count", [0, 2, "all"], ids=["kept", "some", "recomputed"])
 def test_a_real_step_of_three_layers_is_timed(layers: int, count: LayerCount) -> None:
     batch = tree_batch(rows(3, 30))
     estimator = deep(layers, checkpoint_layers=count)
-    found = estimator.measured(batch, 5.0)
+    found = estimator.measured(batch, 5.0, lambda calls: 0.0)
     assert found is not None
     seconds, calls = found
     assert 0 < seconds < 5.0
-    assert calls == deep(min(layers, 3), checkpoint_layers=count)(batch).calls
+    few = round(2 * min(layers, 3) / layers) if count == 2 else count
+    assert calls == deep(min(layers, 3), checkpoint_layers=few)(batch).calls
     assert estimator(batch).calls.total() >= calls.total()
 
 
 def test_no_real_step_where_memory_or_time_is_short_or_layers_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = padded_batch(rows(3, 30), 0)
-    assert deep(7).measured(batch, 0.0) is None
+    assert deep(7).measured(batch, 0.0, lambda calls: 0.0) is None
+    assert deep(7).measured(batch, 5.0, lambda calls: 2.6) is None
     plan = LoadPlan(torch.float32, CPU, "eager")
     config = zoo_model("llama", num_hidden_layers=7).config
-    assert (
-        StepEstimator(StepSettings(config, plan, LoraConfig(r=4, rank_pattern={r"model\.layers\.1\..*": 8}))).measured(
-            batch, 5.0
-        )
-        is None
-    )
+    lora = LoraConfig(r=4, rank_pattern={r"model\.layers\.1\..*": 8})
+    assert StepEstimator(StepSettings(config, plan, lora)).measured(batch, 5.0, lambda calls: 0.0) is None
     monkeypatch.setattr(estimate, "available_memory", lambda: 1000)
-    assert deep(7).measured(batch, 5.0) is None
+    assert deep(7).measured(batch, 5.0, lambda calls: 0.0) is None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -242,7 +240,22 @@ def test_no_real_step_where_memory_or_time_is_short_or_layers_differ(monkeypatch
 def test_a_quantized_base_is_timed_with_made_up_numbers_too(quantization: Any) -> None:
     config = zoo_model("llama", hidden_size=64, intermediate_size=64).config
     plan = LoadPlan(torch.float32, CPU, "eager", quantization=quantization)
-    assert StepEstimator(StepSettings(config, plan, LoraConfig(r=4))).measured(padded_batch(rows(2, 20), 0), 5.0)
+    assert StepEstimator(StepSettings(config, plan, LoraConfig(r=4))).measured(
+        padded_batch(rows(2, 20), 0), 5.0, lambda calls: 0.0
+    )
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_training_for_a_grid_is_followed_with_and_without_compiled_functions(
+    built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not built:
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    config = zoo_model("llama", hidden_size=64, intermediate_size=64).config
+    plan, batch = LoadPlan(torch.float32, CPU, "eager"), padded_batch(rows(2, 20), 0)
+    estimator = StepEstimator(StepSettings(config, plan, LoraConfig(r=4), grid=Grid()))
+    assert estimator(batch).peak.total > 0
+    assert estimator.measured(batch, 5.0, lambda calls: 0.0)
 
 
 def test_what_a_step_takes_more_than_its_operators_is_measured_and_remembered(

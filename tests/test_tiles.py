@@ -98,7 +98,7 @@ def test_sums_are_nearer_to_the_exact_ones_than_one_by_one() -> None:
     theirs = SharedInputFunction.apply(x, 0.5, False, *(t for layer in made for t in layer))  # type: ignore[no-untyped-call]
 
     def error(results: Any) -> float:
-        return sum(float((y.double() - e).square().mean()) for y, e in zip(results, exact, strict=True))
+        return sum(float((y.detach().double() - e).square().mean()) for y, e in zip(results, exact, strict=True))
 
     assert error(ours) <= error(theirs)
 
@@ -164,6 +164,33 @@ def test_what_tiles_do_not_serve_goes_the_other_way(change: Any, monkeypatch: py
     if x.device.type == "cpu" and W.dtype is x.dtype:
         found = tiles.lora_linear_tiles(x, W, b, A, B, 0.5)
         assert torch.equal(found, lora_linear(x, W, b, A, B, 0.5))
+
+
+@TILES
+def test_shapes_that_do_not_fit_are_torchs_error_as_ever() -> None:
+    x, ((W, _, A, B),) = operands(40, 64, [(96, 8)], torch.float32)
+    wider, other = torch.randn(40, 96).bfloat16(), torch.randn(8, 96)
+    assert not tiles.usable(x, [(W, None, A, B[:64])])  # factors of a slice
+    assert not tiles.usable(x[:, :0], [(W[:, :0], None, A[:, :0], B)])
+    for operand, weight, low, high in ((wider, W, A, B), (x, W, other, B), (x, W, A[:4], B)):
+        assert not tiles.usable(operand, [(weight, None, low, high)])
+        with pytest.raises(RuntimeError):
+            tiles.lora_linear_tiles(operand, weight, None, low, high, 1.0)
+
+
+@TILES
+@pytest.mark.parametrize("count", [1, 3])
+def test_results_may_be_changed_in_place(count: int) -> None:
+    x, made = operands(40, 64, [(96, 8)] * count, torch.float32)
+    x3 = x.detach().view(2, 20, 64).requires_grad_()
+    found = by_tiles(x3, made, 1.0)
+    assert all(y.shape == (2, 20, 96) for y in found)
+    kept = [y.detach().clone() for y in found]
+    total = sum(y.clamp_(-0.5, 0.5).float().sum() for y in found)
+    (dx,) = torch.autograd.grad(total, x3)
+    inside = [(y.abs() <= 0.5).to(y.dtype) for y in kept]
+    (expected,) = torch.autograd.grad(by_tiles(x3, made, 1.0), x3, inside)
+    torch.testing.assert_close(dx, expected, rtol=0.02, atol=0.02)
 
 
 @TILES

@@ -58,26 +58,35 @@ class Folder:
     @torch.no_grad()
     def fold(self, block: Tensor, start: int, stop: int) -> bool:
         """Fold rows `start` to `stop` of the change into `block` (those rows of W), in place. False if a value is not finite."""
-        if self.compiled and block.is_contiguous() and kernels.usable(block):
-            finite, moved, size = kernels.fold_rows(block, self.A, self.B[start:stop], self.scaling)
-            self.share[0] += moved
-            self.share[1] += size
-            return bool(finite)
-        return self.fold_reference(block, start, stop)
+        if not self._compiled_for(block):
+            return self.fold_reference(block, start, stop)
+        finite, moved, size = kernels.fold_rows(block, self.A, self.B[start:stop], self.scaling)
+        self.share[0] += moved
+        self.share[1] += size
+        return bool(finite)
 
     @torch.no_grad()
     def fold_reference(self, block: Tensor, start: int, stop: int) -> bool:
         """What `fold` does, by torch's operators."""
         merged = self.merged(block, start, stop)
-        before = block.to(merged.dtype, copy=True)
+        rows = self._sampled(start, stop)
+        before = block[rows]
         block.copy_(merged)
+        self._measure(before, block[rows], rows + start)
         low, high = torch.aminmax(merged)
-        if self.magnitude is None:
-            delta = self.scaling * (self.B[start:stop] @ self.A)
-            self.share[0] += float(before.sub_(block).mul_(delta).sum().neg_())
-            self.share[1] += float(delta.square_().sum())
         limit = torch.finfo(self.dtype).max
         return bool(low >= -limit) and bool(high <= limit)  # a NaN is neither
+
+    @torch.no_grad()
+    def write(self, block: Tensor, start: int, stop: int) -> None:
+        """As `fold`, without looking at what came of it: for blocks that have no numbers, too, and on any device without waiting."""
+        if self._compiled_for(block):
+            kernels.fold_rows(block, self.A, self.B[start:stop], self.scaling)
+        else:
+            block.copy_(self.merged(block, start, stop))
+
+    def _compiled_for(self, block: Tensor) -> bool:
+        return self.compiled and block.is_contiguous() and kernels.usable(block)
 
     @torch.no_grad()
     def merged(self, block: Tensor, start: int, stop: int) -> Tensor:
@@ -94,9 +103,23 @@ class Folder:
         merged.addmm_(self.B[start:stop], self.A, alpha=self.scaling)
         return merged if self.magnitude is None else _to_length(merged, self.magnitude[start:stop])
 
+    def _sampled(self, start: int, stop: int, count: int = 2) -> Tensor:
+        """The rows of a block that change most, counted from its start: rows of slices without factors say nothing."""
+        if self.magnitude is not None:
+            return torch.arange(0)
+        return self.B[start:stop].abs().amax(1).topk(min(count, stop - start)).indices
+
+    def _measure(self, before: Tensor, after: Tensor, rows: Tensor) -> None:
+        """Add up <merged - W, Δ> and <Δ, Δ> over a few rows."""
+        if self.magnitude is None:
+            delta = self.scaling * (self.B[rows] @ self.A)
+            moved = after.to(delta.dtype) - before.to(delta.dtype)
+            self.share[0] += float((moved * delta).sum())
+            self.share[1] += float((delta * delta).sum())
+
     @property
     def surviving(self) -> float | None:
-        """<folded W - W, Δ> / <Δ, Δ>: the share of the change Δ that rounding to W's dtype left.
+        """<folded W - W, Δ> / <Δ, Δ>: the share of the change Δ that rounding to W's dtype left, over the rows of each block that change most.
 
         None for no change, and for DoRA's, which is no sum.
         """
@@ -120,7 +143,7 @@ def fold(
     folder = Folder((flat.shape[0], flat.shape[1]), weight.dtype, lora_A, lora_B, scaling, magnitude, transposed)
     result = flat.clone(memory_format=torch.contiguous_format)
     for start, stop in folder.blocks():
-        folder.fold(result[start:stop], start, stop)
+        folder.write(result[start:stop], start, stop)
     return torch.empty_like(weight).copy_(result.view(weight.shape))
 
 

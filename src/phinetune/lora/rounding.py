@@ -64,7 +64,7 @@ class Rounding:
         folder = Folder((weight.shape[0], weight.shape[1]), weight.dtype, A, B, layer.scaling)
         for start, stop in folder.blocks():
             merged = weight[start:stop].clone()
-            folder.fold(merged, start, stop)
+            folder.write(merged, start, stop)
             round_to_grid(merged.to(self.stored), self.grid, out[start:stop])
         return out
 

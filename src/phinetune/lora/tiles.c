@@ -15,6 +15,7 @@
  * other processors.
  */
 #if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#include <cpuid.h>
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -48,7 +49,9 @@ typedef struct {
 int tiles_usable(void)
 {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    unsigned a, b, c, d = 0;
+    __get_cpuid_count(7, 0, &a, &b, &c, &d); /* bits 22 and 24: products of bfloat16 tiles, tiles */
+    return d >> 22 & 1 && d >> 24 & 1 && __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 }
 
 static inline int64_t filled(int64_t n) { return (n + 31) / 32 * 32; }
@@ -62,7 +65,7 @@ WITH_TILES static void shape_tiles(void)
     memset(&shape, 0, sizeof shape);
     shape.palette = 1;
     for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
-    _tile_loadconfig(&shape);
+    __asm__ volatile("ldtilecfg %0" : : "m"(shape)); /* gcc's own function lets it leave out what it believes nobody reads */
 }
 
 WITH_TILES static inline void clear(void)
@@ -76,6 +79,7 @@ WITH_TILES static inline void clear(void)
 /* Adds 32 blocked rows times a panel (32 columns, two tiles a step), 32 `steps` deep, to tiles 0 to 3; without `lower` the upper 16 rows. */
 WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t advance, const half *panel, int64_t steps, int lower)
 {
+    __asm__ volatile("" : : : "memory"); /* what was packed is there before tiles load it, of which gcc's functions do not tell it */
     if (lower)
         for (int64_t k = 0; k < steps; k++, left += advance, panel += 2 * TILE) {
             _tile_loadd(4, left, stride * 2);

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,18 +62,15 @@ def library() -> Any:
 
 def usable(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]]) -> bool:
     """True if the functions are there and serve x (..., in) and layers of (W (out, in), bias, A (r, in), B (out, r))."""
-    if (
-        x.dtype is not torch.bfloat16
-        or library() is None
-        or len(layers) > _MOST
-        or x.numel() // x.shape[-1] not in _ROWS
-    ):
+    if x.dtype is not torch.bfloat16 or library() is None or len(layers) > _MOST or _rows(x.shape) not in _ROWS:
         return False
     if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu") or not plain(x):
         return False
     factors = layers[0][2].dtype
-    return x.shape[-1] % 32 == 0 and all(
+    width = x.shape[-1]
+    return width > 0 and width % 32 == 0 and all(
         bias is None and not is_quantized(W) and W.dtype is x.dtype and W.is_contiguous() and W.shape[0] % 32 == 0
+        and W.shape[1] == A.shape[1] == width and B.shape == (W.shape[0], A.shape[0]) and len(W) > 0
         and not W.requires_grad and A.dtype is B.dtype is factors and factors in (torch.float32, torch.bfloat16)
         and A.is_contiguous() and B.is_contiguous() and len(A) > 0 and all(plain(t) for t in (W, A, B))
         for W, bias, A, B in layers
@@ -92,7 +90,8 @@ def lora_linear_tiles(
 ) -> Tensor:
     """As `functional.lora_linear`, in one call each way where that can be. There it can be differentiated once only."""
     whole = mask is None and not folded and (spans is None or spans == ((0, weight.shape[0]),))
-    if whole and torch._C._get_tracing_state() is None and usable(x, [(weight, bias, lora_A, lora_B)]):
+    simple = torch._C._get_tracing_state() is None and not torch.compiler.is_compiling()
+    if whole and simple and usable(x, [(weight, bias, lora_A, lora_B)]):
         result: Tensor = TilesFunction.apply(x, scaling, weight, lora_A, lora_B)[0]  # type: ignore[no-untyped-call]
         return result
     return lora_linear(x, weight, bias, lora_A, lora_B, scaling, mask, spans, folded)
@@ -103,27 +102,27 @@ class TilesFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scaling, *tensors):  # type: ignore[no-untyped-def]
-        W, A, B = tensors[::3], tensors[1::3], tensors[2::3]
-        flat = x.reshape(-1, x.shape[-1]).contiguous()  # (N, in)
-        *results, down = lora_products(flat, W, A, B, scaling)
-        ctx.save_for_backward(flat, down, *tensors)
-        ctx.scaling, ctx.shape = scaling, x.shape
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in results)
+        x = x.contiguous()
+        *results, down = lora_products(x, tensors[::3], tensors[1::3], tensors[2::3], scaling)
+        ctx.save_for_backward(x, down, *tensors)
+        ctx.scaling = scaling
+        return tuple(results)  # no views of other tensors: models may change them in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        flat, down, *tensors = ctx.saved_tensors
+        x, down, *tensors = ctx.saved_tensors
         W, A, B = tensors[::3], tensors[1::3], tensors[2::3]
-        g = [grad.reshape(-1, grad.shape[-1]).contiguous() for grad in grads]
+        g = [grad.contiguous() for grad in grads]
         n, of_x = len(W), ctx.needs_input_grad[0]
-        found = lora_products_backward(flat, down, g, W, A, B, ctx.scaling, of_x)
+        found = lora_products_backward(x, down, g, W, A, B, ctx.scaling, of_x)
         factors = [t for pair in zip(found[-2 * n : -n], found[-n:], strict=True) for t in (None, *pair)]
-        return found[0].view(ctx.shape) if of_x else None, None, *factors
+        return found[0] if of_x else None, None, *factors
 
 
 def _forward_results(x: Tensor, W: list[Tensor], A: list[Tensor], B: list[Tensor], scaling: float) -> list[Tensor]:
-    return [*(x.new_empty(len(x), len(w)) for w in W), x.new_empty(_filled(len(x)), sum(_filled(len(a)) for a in A))]
+    rows, ranks = _filled(_rows(x.shape)), sum(_filled(len(a)) for a in A)
+    return [*(x.new_empty(*x.shape[:-1], len(w)) for w in W), x.new_empty(rows, ranks)]
 
 
 def _backward_results(
@@ -136,8 +135,10 @@ def _backward_results(
 def lora_products(
     x: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float
 ) -> list[Tensor]:
-    """x (N, in) -> y_i = x W_iᵀ + s (x A_iᵀ) B_iᵀ of each layer, and what the way back needs: x Aᵀ of all, N and each rank filled up to 32,
-    in the order of tiles.c."""
+    """x (..., in), contiguous -> y_i (..., out_i) = x W_iᵀ + s (x A_iᵀ) B_iᵀ of each layer, and what the way back needs.
+
+    That is x Aᵀ of all layers, rows and ranks filled up to multiples of 32, in the order of tiles.c.
+    """
     *Y, down = _forward_results(x, list(W), list(A), list(B), scaling)
     layers = _layers(x, down, W, A, B, scaling)
     for i, y in enumerate(Y):
@@ -153,7 +154,7 @@ def lora_products(
 def lora_products_backward(
     x: Tensor, down: Tensor, g: Sequence[Tensor], W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float, of_x: bool
 ) -> list[Tensor]:  # fmt: skip
-    """dL/dx (N, in), if `of_x`, then dL/dA_i of each layer, then dL/dB_i, for g_i = dL/dy_i (N, out_i)."""
+    """dL/dx (..., in), if `of_x`, then dL/dA_i of each layer, then dL/dB_i, for g_i = dL/dy_i (..., out_i), contiguous."""
     found = _backward_results(x, down, list(g), W, list(A), list(B), scaling, of_x)
     layers, n = _layers(x, down, W, A, B, scaling), len(W)
     layers.dX = found[0].data_ptr() if of_x else None
@@ -166,7 +167,7 @@ def lora_products_backward(
 @register_flop_formula(torch.ops.phinetune.lora_products)
 def _forward_flops(x: Any, W: Any, A: Any, B: Any, scaling: float, *, out_shape: Any = None, **_: Any) -> int:
     one_row = sum(int(w[0] * w[1] + a[0] * (w[0] + w[1])) for w, a in zip(W, A, strict=True))
-    return 2 * int(x[0]) * one_row
+    return 2 * _rows(x) * one_row
 
 
 @register_flop_formula(torch.ops.phinetune.lora_products_backward)
@@ -176,13 +177,13 @@ def _backward_flops(
     def one(w: Any, a: Any) -> int:  # U and dB; dA; and dx, where it is wanted
         return int(2 * a[0] * w[0] + a[0] * w[1] + of_x * w[1] * (w[0] + a[0]))
 
-    return 2 * int(x[0]) * sum(one(w, a) for w, a in zip(W, A, strict=True))
+    return 2 * _rows(x) * sum(one(w, a) for w, a in zip(W, A, strict=True))
 
 
 def _layers(
     x: Tensor, down: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float
 ) -> _Layers:
-    (M, K), at = x.shape, 0
+    M, K, at = _rows(x.shape), x.shape[-1], 0
     layers = _Layers(M=M, K=K, n=len(W), R=down.shape[1], X=x.data_ptr(), D=down.data_ptr(), s=scaling)
     layers.wide = A[0].dtype is torch.float32
     for i, (w, a, b) in enumerate(zip(W, A, B, strict=True)):
@@ -195,6 +196,11 @@ def _layers(
 def _run(function: Any, layers: _Layers) -> None:
     if function(ctypes.addressof(layers)):
         raise MemoryError("LoRA products: no memory for a panel of the weights")
+
+
+def _rows(shape: Sequence[int]) -> int:
+    rows: int = math.prod(shape[:-1])
+    return rows
 
 
 def _filled(count: int) -> int:

@@ -353,9 +353,10 @@ static inline uint32_t add_row(void *W, int64_t at, const float *d, double *move
     return largest;
 }
 
-/* n numbers of `rows` rows, at most TOGETHER, for A (r filled up to a multiple of 4, n) packed. */
+/* n numbers of `rows` rows, at most TOGETHER, for A (r filled up to a multiple of 4, n) packed. `counted`: bits of the rows whose change is
+ * added to `moved`. */
 FOR_EVERY_PROCESSOR
-static uint32_t fold_piece(void *W, int64_t at, int64_t columns, const float *A, const float *B, int64_t rows, int64_t r, float scaling, double *moved, int64_t n, int wide)
+static uint32_t fold_piece(void *W, int64_t at, int64_t columns, const float *A, const float *B, int64_t rows, int64_t r, float scaling, int counted, double *moved, int64_t n, int wide)
 {
     float d[TOGETHER][PIECE];
     uint32_t largest = 0;
@@ -367,19 +368,37 @@ static uint32_t fold_piece(void *W, int64_t at, int64_t columns, const float *A,
         add_products(d, b, A + k * n, n);
     }
     for (int64_t j = 0; j < rows; j++) {
-        uint32_t found = add_row(W, at + j * columns, d[j], moved, n, wide);
+        double nothing[2] = {0.0, 0.0};
+        uint32_t found = add_row(W, at + j * columns, d[j], counted >> j & 1 ? moved : nothing, n, wide);
         largest = found > largest ? found : largest;
     }
     return largest;
 }
 
+/* The two rows of B (rows, r) with the largest entries, whose change says most; the same one twice where there is one only. */
+static void largest_rows(const float *B, int64_t rows, int64_t r, int64_t *found)
+{
+    float highest[2] = {-1.0f, -1.0f};
+    found[0] = found[1] = 0;
+    for (int64_t row = 0; row < rows; row++) {
+        float high = 0.0f;
+        for (int64_t k = 0; k < r; k++) high = fabsf(B[row * r + k]) > high ? fabsf(B[row * r + k]) : high;
+        if (high > highest[0]) {
+            highest[1] = highest[0], found[1] = found[0];
+            highest[0] = high, found[0] = row;
+        } else if (high > highest[1]) highest[1] = high, found[1] = row;
+    }
+}
+
 /* W (rows, columns) += scaling B A, in place, for B (rows, r) and A (r, columns), r at most WIDEST / 4. A piece of A's columns is packed
- * into the nearest cache, then it goes down W's rows. `moved` (2) becomes <W's change, scaling B A> and <scaling B A, scaling B A>. Gives 1
- * if every sum is a number within the limit. */
+ * into the nearest cache, then it goes down W's rows. `moved` (2) becomes <W's change, scaling B A> and <scaling B A, scaling B A>, over
+ * the two rows that change most. Gives 1 if every sum is a number within the limit. */
 int fold_rows(void *W, const float *A, const float *B, int64_t rows, int64_t columns, int64_t r, float scaling, float limit, double *moved, int wide)
 {
     uint32_t largest = 0;
     double along = 0.0, size = 0.0;
+    int64_t most[2];
+    largest_rows(B, rows, r, most);
     const int64_t lot = 128, lots = (rows + lot - 1) / lot, deep = (r + 3) / 4 * 4, fit = WIDEST / (deep > 16 ? deep : 16), pieces = (columns + fit - 1) / fit;
 #pragma omp parallel for collapse(2) schedule(static) reduction(max : largest) reduction(+ : along, size) if (rows * columns > GRAIN)
     for (int64_t piece = 0; piece < pieces; piece++)
@@ -391,7 +410,10 @@ int fold_rows(void *W, const float *A, const float *B, int64_t rows, int64_t col
             memset(packed + r * n, 0, (size_t)((deep - r) * n) * sizeof(float));
             for (int64_t row = l * lot; row < rows && row < (l + 1) * lot; row += TOGETHER) {
                 int64_t some = rows - row < TOGETHER ? rows - row : TOGETHER;
-                uint32_t found = fold_piece(W, row * columns + first, columns, packed, B + row * r, some, r, scaling, sums, n, wide);
+                int counted = 0;
+                for (int j = 0; j < 2; j++)
+                    if (most[j] >= row && most[j] < row + some) counted |= 1 << (most[j] - row);
+                uint32_t found = fold_piece(W, row * columns + first, columns, packed, B + row * r, some, r, scaling, counted, sums, n, wide);
                 largest = found > largest ? found : largest;
             }
             along += sums[0];

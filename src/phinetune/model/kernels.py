@@ -213,7 +213,7 @@ def softmax_backward(P: Tensor, dP: Tensor) -> None:
 def fold_rows(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[bool, float, float]:
     """W (rows, columns) += scaling · B A in place, A (r, columns) and B (rows, r) float32, all contiguous, r at most WIDEST / 4.
 
-    Gives whether all results are finite, <W's change, Δ> and <Δ, Δ>. The reference is `Folder.fold_reference` of `lora/fold.py`.
+    Gives whether all results are finite, and <W's change, Δ> and <Δ, Δ> over the two rows that change most. The reference is `Folder.fold_reference` of `lora/fold.py`.
     """
     moved = (ctypes.c_double * 2)()
     pointers, limit = (W.data_ptr(), A.data_ptr(), B.data_ptr()), torch.finfo(W.dtype).max

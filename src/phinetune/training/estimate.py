@@ -18,6 +18,7 @@ import re
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -128,29 +129,39 @@ class StepEstimator:
         parts = {**peak.parts, "optimizer": self.optimizer}
         return StepEstimate(Peak(peak.total + self.optimizer, parts), calls)
 
-    def measured(self, batch: dict[str, Tensor], budget: float) -> tuple[float, Counter[Call]] | None:
+    def measured(
+        self, batch: dict[str, Tensor], budget: float, expected: Callable[[Counter[Call]], float]
+    ) -> tuple[float, Counter[Call]] | None:
         """(seconds that a real step takes now, its operators), of the model cut to three layers, with made-up numbers.
 
-        At most about `budget` seconds and half of the memory that can be had; None where that is not enough, or layers differ.
+        At most about `budget` seconds and half of the memory that can be had; None where that is not enough (`expected` gives the seconds
+        of operators, roughly), or layers differ.
         """
         settings, layers = self.settings, min(3, self._depth)
         if not self._alike and self._depth > 3:
             return None
-        trace = self._trace(self._prepared(layers, settings.checkpoint_layers), batch)
+        count: LayerCount = settings.checkpoint_layers
+        if isinstance(count, int):  # the same share of few layers
+            count = round(count * layers / self._depth)
+        trace = self._trace(self._prepared(layers, count), batch)
         available = available_memory()
         if available is not None and max(peak.total for peak in trace.peaks.values()) > available / 2:
             return None
+        if 2 * expected(trace.calls) > budget:
+            return None
         options = settings.config, settings.load, settings.lora, settings.fast_paths, settings.grid, layers
         model = with_made_up_numbers(build_on_meta(*options))
-        checkpoint_layers(model, settings.checkpoint_layers, settings.checkpoint_options, lambda event: None)
+        checkpoint_layers(model, count, settings.checkpoint_options, lambda event: None)
         taken: list[float] = []
         begun = time.perf_counter()
-        while len(taken) < _STEPS and time.perf_counter() - begun < budget:
-            start = time.perf_counter()
-            _step(model, batch, settings.label_smoothing, settings.fast_paths)
-            taken.append(time.perf_counter() - start)
-            for parameter in _trained(model):
-                parameter.grad = None
+        with torch.random.fork_rng(devices=[]):
+            while len(taken) < _STEPS and time.perf_counter() - begun < budget:
+                forget_rounded(model)  # as after an optimizer's step
+                start = time.perf_counter()
+                _step(model, batch, settings.label_smoothing, settings.fast_paths)
+                taken.append(time.perf_counter() - start)
+                for parameter in _trained(model):
+                    parameter.grad = None
         return (statistics.median(taken[1:]), trace.calls) if len(taken) > 1 else None
 
     def _extended(self, batch: dict[str, Tensor], count: LayerCount) -> tuple[dict[str, Peak], Counter[Call]]:

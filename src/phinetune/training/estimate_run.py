@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from phinetune.data.examples import Examples
 
-_TOGETHER = "together"  # of what a clock knows: see `_together`
 _DRAWN = 48
 """Random batches among which the ones to be timed are chosen."""
 
@@ -104,14 +103,16 @@ def _together(
 
     Measured, it has in it whatever slows the machine down just now; remembered, it has not.
     """
+    settings = estimator.settings
+    name = f"together {settings.load.dtype} {settings.load.quantization} {settings.grid} {settings.fast_paths}"
     try:
-        found = estimator.measured(batch, measuring) if measuring else None
+        found = estimator.measured(batch, measuring, lambda calls: _sum(clock, calls, overhead)) if measuring else None
     except Exception:  # whatever a foreign model's code makes of made-up numbers
         found = None
     if found is None:
-        return clock.known.get(_TOGETHER, 1.0)
+        return clock.known.get(name, 1.0)
     more = found[0] / _sum(clock, found[1], overhead)
-    clock.remember(_TOGETHER, more / clock.slower())
+    clock.remember(name, more / clock.slower())
     return more
 
 

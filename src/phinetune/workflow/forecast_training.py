@@ -174,7 +174,7 @@ class TrainingForecast:
                 yield Suggestion(f"set {change.text()}{more}", change.settings, needed, seconds, touched)
 
     def _plan(self, variant: Variant, batches: int) -> Plan:
-        memory, available = self._memory(variant), available_memory()
+        memory, available, resident = self._memory(variant), available_memory(), resident_memory()
         process, stored, time = memory["process"], self._stored_bytes(), self._time(variant, batches)
         compared = max(
             _MERGE, process + int(1.3 * stored)
@@ -183,7 +183,7 @@ class TrainingForecast:
             memory=memory,
             peak=sum(memory.values()),
             loading_peak=self._loading(variant),
-            available=None if available is None else available + resident_memory(),
+            available=None if available is None else available + resident,
             step_seconds=time.step_seconds,
             steps=self._steps(variant),
             flops_per_step=time.flops_per_step,

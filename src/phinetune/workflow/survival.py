@@ -175,7 +175,7 @@ def _layers(
         intended = base.clone()
         folder = change.folder(tuple(intended.shape), torch.float32)
         for start, stop in folder.blocks():
-            folder.fold(intended[start:stop], start, stop)
+            folder.write(intended[start:stop], start, stop)
         if change.transposed:
             base, intended = base.t(), intended.t()
         held = [graph.read(product)[a:b] for _, product, a, b in sorted(pieces[module])]
