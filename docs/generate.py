@@ -19,6 +19,7 @@ from phinetune.cli.app import app, main
 from phinetune.data.messages import DataConfig
 from phinetune.exporting.config import ExportConfig
 from phinetune.lora.config import LoraConfig
+from phinetune.model.fast import FastPaths
 from phinetune.systems.config import AcceleratorConfig, SystemConfig
 from phinetune.workflow.config import EvaluateConfig, ModelConfig, PackageConfig, SearchConfig, WorkflowConfig
 from phinetune.workflow.passes import Pass
@@ -94,7 +95,8 @@ def table(cls: type) -> list[str]:
 
 def config() -> str:
     """The page of configuration keys."""
-    parts = [MARK, "# Configuration\n", INTRODUCTION]
+    switches = ", ".join(f"`{field.name}`" for field in dataclasses.fields(FastPaths))
+    parts = [MARK, "# Configuration\n", INTRODUCTION.replace("{switches}", switches)]
     for cls, name, what in CONFIGS:
         parts += [f"## {name}\n\n{what}\n", *table(cls), ""]
     parts.append(f"## Passes\n\n{PASSES_INTRODUCTION}")
@@ -146,7 +148,7 @@ output_dir: adapter
 | `layout` | `auto`, `padded`, `tree` |
 | `train_sampling_strategy` | `auto`, `random`, `sequential`, `group_by_length`, `group_by_prefix` |
 | `checkpoint_layers` | how many layers compute their activations again instead of keeping them, or `all` |
-| `fast_paths` | `false`, or switches: `attention`, `fused_rows`, `norm`, `kernels`, `linear`, `grouped`, `tiles`, `last_rows`, `chunked_loss`, `rounded`, `compiled` |
+| `fast_paths` | `false`, or switches: {switches} |
 | `reference` | `true`: no fast path at all, padded batches |
 | `keep_freed_memory` | `false` gives freed blocks back to the system at once |
 | `skip_memory_check` | `true` trains even if the plan says that memory is not enough |

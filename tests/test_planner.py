@@ -286,6 +286,9 @@ def test_what_a_step_takes_more_than_its_operators_is_measured_and_remembered(
 
     monkeypatch.setattr(StepEstimator, "measured", fails)
     assert passes(1.0) == pytest.approx(1.5 * alone, rel=1e-6)
+    notes: list[Any] = []
+    estimate_run.run_time(estimator, [(step, batch)], 1, clock, 1.0, notes.append)
+    assert [note.text for note in notes if "a foreign model" in note.text]
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ from torch import Tensor
 from phinetune.errors import AdapterError
 from phinetune.model import kernels
 
-_BLOCK = (
-    1 << 18
-)  # elements of W folded at a time: a block read is in the processor's cache when it is written (2**17 to 2**19 are alike)
+_BLOCK = 1 << 18
+"""Elements of W folded at a time: what was read is in the processor's cache when it is written (measured; 2**17 to 2**20 are alike)."""
 
 
 class Folder:

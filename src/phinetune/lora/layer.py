@@ -61,7 +61,7 @@ class LoRALayer:
         if isinstance(self, nn.Module):
             self.register_parameter("lora_magnitude_vector", None)
             self.register_buffer("unmerged_weight", None, persistent=False)
-            self._register_state_dict_hook(_after_save)  # type: ignore[no-untyped-call]
+            self.register_state_dict_post_hook(_after_save)  # type: ignore[no-untyped-call]
             self.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
             self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 

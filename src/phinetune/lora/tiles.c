@@ -194,20 +194,14 @@ WITH_TILES static void pack_rows(const half *W, int64_t K, half *to)
     }
 }
 
-/* 32 rows of a factor (rows, width) from row `first` on, as bfloat16, scaled; rows beyond the last are zero. */
-static void factor_rows(const void *from, int64_t rows, int64_t width, int64_t first, float s, int wide, half *to)
+/* 32 rows from `row` on and `count` columns from `column` on of a factor (rows, width), scaled -> (32, count); 0 beyond its ends. */
+static void part_of(const void *from, int64_t rows, int64_t width, int64_t row, int64_t column, int64_t count, float s, int wide, half *to)
 {
-    for (int64_t i = 0; i < 32; i++)
-        for (int64_t k = 0; k < width; k++) to[i * width + k] = first + i < rows ? rounded(s * number(from, (first + i) * width + k, wide)) : 0;
-}
-
-/* The same of columns: (rows, width) from column `first` on -> (rows, 32). */
-static void factor_columns(const void *from, int64_t rows, int64_t width, int64_t first, float s, int wide, half *to)
-{
-    int64_t there = width - first < 32 ? width - first : 32;
-    for (int64_t i = 0; i < rows; i++) {
-        for (int64_t k = 0; k < there; k++) to[i * 32 + k] = rounded(s * number(from, i * width + first + k, wide));
-        memset(to + i * 32 + there, 0, (size_t)(32 - there) * sizeof(half));
+    int64_t there = width - column < count ? width - column : count;
+    for (int64_t i = 0; i < 32; i++, to += count) {
+        int64_t known = row + i < rows ? there : 0;
+        for (int64_t k = 0; k < known; k++) to[k] = rounded(s * number(from, (row + i) * width + column + k, wide));
+        memset(to + known, 0, (size_t)(count - known) * sizeof(half));
     }
 }
 
@@ -244,7 +238,7 @@ WITH_TILES static void down(const Layers *l, half *X, half *panels, half *rows)
     for (int64_t c = 0; c < l->R / 32; c++) { /* A as panels */
         int64_t i = 0;
         while (i + 1 < l->n && l->at[i + 1] <= 32 * c) i++;
-        factor_rows(l->A[i], l->r[i], l->K, 32 * c - l->at[i], 1.0f, l->wide, rows);
+        part_of(l->A[i], l->r[i], l->K, 32 * c - l->at[i], 0, l->K, 1.0f, l->wide, rows);
         pack_rows(rows, l->K, panels + c * steps * 2 * TILE);
     }
 #pragma omp for schedule(static)
@@ -273,8 +267,7 @@ WITH_TILES static void up(const Layers *l, const half *X, half *panel, half *col
             pack_rows(l->W[i] + 32 * n * l->K, l->K, panel);
             for (int64_t k = 0; k < deep; k += 32) {
                 half *tiles = panel + (steps + k / 32) * 2 * TILE;
-                const char *B = (const char *)l->B[i] + 32 * n * l->r[i] * (l->wide ? 4 : 2);
-                factor_columns(B, 32, l->r[i], k, l->s, l->wide, columns);
+                part_of(l->B[i], l->N[i], l->r[i], 32 * n, k, 32, l->s, l->wide, columns);
                 transpose_pairs(columns, 32, tiles);
                 transpose_pairs(columns + 512, 32, tiles + TILE);
             }
@@ -323,8 +316,7 @@ WITH_TILES static void gradient_of_D(const Layers *l, half *const *G, half *pane
 #pragma omp for schedule(static)
         for (int64_t k = 0; k < steps; k++)
             for (int64_t c = 0; c < parts; c++) {
-                const char *B = (const char *)l->B[i] + 32 * k * l->r[i] * (l->wide ? 4 : 2);
-                factor_columns(B, 32, l->r[i], 32 * c, l->s, l->wide, columns);
+                part_of(l->B[i], l->N[i], l->r[i], 32 * k, 32 * c, 32, l->s, l->wide, columns);
                 interleave(columns, 32, panels + (c * steps + k) * 2 * TILE, 32);
             }
 #pragma omp for schedule(static)
@@ -352,10 +344,8 @@ WITH_TILES static void gradient_of_X(const Layers *l, half *const *G, const half
                 for (int64_t k = 0; k < l->N[i]; k += 32, tiles += 2 * TILE) interleave(l->W[i] + k * l->K + n, l->K, tiles, 32);
             for (int64_t i = 0; i < l->n; i++)
                 for (int64_t k = 0; k < l->r[i]; k += 32, tiles += 2 * TILE) {
-                    int64_t there = l->r[i] - k < 32 ? l->r[i] - k : 32;
-                    for (int64_t row = 0; row < there; row++)
-                        for (int64_t j = 0; j < 32; j++) columns[32 * row + j] = rounded(number(l->A[i], (k + row) * l->K + n + j, l->wide));
-                    interleave(columns, 32, tiles, there);
+                    part_of(l->A[i], l->r[i], l->K, k, n, 32, 1.0f, l->wide, columns);
+                    interleave(columns, 32, tiles, 32);
                 }
             for (int64_t m = from; m < l->M && m < from + rows; m += 32) {
                 int64_t there = l->M - m < 32 ? l->M - m : 32;

@@ -274,8 +274,9 @@ def could_be_rotary(module: Any) -> bool:
     fused = hasattr(module, "qkv_proj")
     apart = all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj"))
     sized = (
-        isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "scaling") and hasattr(module, "config")
-    )
+        isinstance(getattr(module, "head_dim", None), int) and module.head_dim <= kernels.WIDEST
+        and hasattr(module, "scaling") and hasattr(module, "config")
+    )  # fmt: skip
     return bool(
         type(module).__name__.endswith("Attention") and hasattr(module, "o_proj") and sized and (fused or apart)
     )

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phinetune.data.encoding import MASKED
+from phinetune.errors import first_line
+from phinetune.events import Note, OnEvent, log_event
 from phinetune.training.estimate import StepEstimate, StepEstimator, trace_step
 from phinetune.training.estimate_time import OperatorClock, call_overhead
 from phinetune.training.estimate_trace import Call
@@ -76,6 +78,7 @@ def run_time(
     accumulation: int,
     clock: OperatorClock,
     measuring: float = 0.0,
+    on_event: OnEvent = log_event,
 ) -> RunTime:
     """Mean over `steps` (estimate, batch) of forward and backward, times `accumulation`, and the optimizer's part.
 
@@ -83,7 +86,7 @@ def run_time(
     """
     overhead, count = _overhead(clock), len(steps)
     passes = [_sum(clock, s.calls, overhead) for s, _ in steps]
-    more = _together(estimator, steps[count // 2][1], overhead, clock, measuring)
+    more = _together(estimator, steps[count // 2][1], overhead, clock, measuring, on_event)
     clock.save()
     return RunTime(
         accumulation * more * sum(passes) / count + clock.update_seconds(estimator.adapters),
@@ -97,7 +100,12 @@ def _sum(clock: OperatorClock, calls: Counter[Call], overhead: float) -> float:
 
 
 def _together(
-    estimator: StepEstimator, batch: dict[str, Tensor], overhead: float, clock: OperatorClock, measuring: float
+    estimator: StepEstimator,
+    batch: dict[str, Tensor],
+    overhead: float,
+    clock: OperatorClock,
+    measuring: float,
+    on_event: OnEvent,
 ) -> float:
     """How many times longer a step takes than its operators by themselves, whose operands are in the caches: measured, or as last measured.
 
@@ -107,7 +115,8 @@ def _together(
     name = f"together {settings.load.dtype} {settings.load.quantization} {settings.grid} {settings.fast_paths}"
     try:
         found = estimator.measured(batch, measuring, lambda calls: _sum(clock, calls, overhead)) if measuring else None
-    except Exception:  # whatever a foreign model's code makes of made-up numbers
+    except Exception as error:  # whatever a foreign model's code makes of made-up numbers
+        on_event(Note(f"plan: no real step could be taken, time is that of its operators: {first_line(error)}"))
         found = None
     if found is None:
         return clock.known.get(name, 1.0)

@@ -207,7 +207,7 @@ class TrainingForecast:
         )
         if batches:
             steps = [(estimator(b), b) for b in typical]
-            return run_time(estimator, steps, variant.accumulation, self._clock, _MEASURING)
+            return run_time(estimator, steps, variant.accumulation, self._clock, _MEASURING, self.on_event)
         step, sizes = self._largest_step(variant)
         share = min(1.0, typical[0]["input_ids"].numel() / sizes["tokens"])
         time = run_time(estimator, [(step, typical[0])], variant.accumulation, self._clock)
