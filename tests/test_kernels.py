@@ -14,7 +14,6 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from phinetune.data.batches import padded_batch, tree_batch
 from phinetune.lora.config import LoraConfig
-from phinetune.lora.fold import Folder
 from phinetune.lora.group import choose_arithmetic
 from phinetune.lora.injection import inject
 from phinetune.model import gated, kernels, rotary
@@ -110,52 +109,6 @@ def test_the_softmax_over_what_a_query_sees(dtype: torch.dtype, block: int, firs
     kernels.softmax_backward(P, dS)
     exact_P, exact_g = P.double(), g.double()  # P as it was rounded: the function's own input
     close(dS, exact_P * (exact_g - (exact_P * exact_g).sum(-1, keepdim=True)), dtype)
-
-
-@BUILT
-@BOTH
-@settings(deadline=None, max_examples=40)
-@given(rows=st.integers(1, 300), width=st.integers(1, 1100), r=st.integers(1, 70), seed=st.integers(0, 99))
-def test_folding_factors_into_a_weight(dtype: torch.dtype, rows: int, width: int, r: int, seed: int) -> None:
-    W, A, B = (
-        numbers(rows, width, dtype=dtype, seed=seed),
-        *(numbers(*s, dtype=torch.float32) for s in [(r, width), (rows, r)]),
-    )
-    ours, theirs = (Folder((rows, width), dtype, A, B, 0.01) for _ in range(2))
-    assert ours.compiled
-    found, expected = W.clone(), W.clone()
-    assert ours.fold(found, 0, rows) and theirs.fold_reference(expected, 0, rows)
-    close(found, expected, dtype)
-    close(found, W.double() + 0.01 * B.double() @ A.double(), dtype)
-    assert ours.surviving == pytest.approx(theirs.surviving, rel=1e-3)
-
-
-@BUILT
-@BOTH
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("all_ones", [0x7FFFFFFF, 0x7F800000, 0xFFC00000 - (1 << 32)], ids=["nan", "inf", "-nan"])
-@pytest.mark.parametrize("where", ["A", "B", "W", "sum"])
-def test_folding_tells_what_is_not_finite(dtype: torch.dtype, compiled: bool, all_ones: int, where: str) -> None:
-    broken = torch.tensor([all_ones], dtype=torch.int32).view(torch.float32)[0]
-    parts = {"A": torch.randn(5, 40), "B": torch.randn(30, 5), "W": torch.randn(30, 40).to(dtype)}
-    if where == "sum":
-        parts["W"][7, 3] = torch.finfo(dtype).max
-        parts["A"][:, 3], parts["B"][7] = 1e19, 1e19
-    else:
-        parts[where][2, 3] = broken
-    folder, W = Folder((30, 40), dtype, parts["A"], parts["B"], 1.0), parts["W"]
-    assert (folder.fold if compiled else folder.fold_reference)(W, 0, 30) is False
-    assert not W.isfinite().all()
-    assert W.isfinite().sum() >= 29 * 39
-
-
-def test_a_large_rank_is_folded_by_torch() -> None:
-    rank = kernels.WIDEST // 4
-    for r, compiled in ((rank, kernels.library() is not None), (rank + 1, False)):
-        A, B, W = torch.randn(r, 20) * 0.1, torch.randn(9, r) * 0.1, torch.randn(9, 20)
-        folder, found = Folder((9, 20), torch.float32, A, B, 0.5), W.clone()
-        assert folder.compiled is compiled and folder.fold(found, 0, 9)
-        close(found, W.double() + 0.5 * B.double() @ A.double(), torch.float32)
 
 
 def reference(states: list[torch.Tensor], cos: Any, sin: Any, heads: int, groups: int, tree: list[int]) -> torch.Tensor:

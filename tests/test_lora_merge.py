@@ -19,9 +19,10 @@ from torch import nn
 import phinetune.lora as lora
 from phinetune.errors import AdapterError, ModelError, OutputError
 from phinetune.events import Progress
+from phinetune.lora import fold
 from phinetune.lora.adapter import WEIGHTS_FILE
 from phinetune.lora.config import LoraConfig
-from phinetune.lora.stream import merge_files
+from phinetune.lora.stream import _Work, merge_files
 from phinetune.model.folder import safetensors_header
 from phinetune.model.load import quiet_transformers
 from tiny import tiny_model
@@ -184,7 +185,7 @@ def test_progress_runs_to_the_end(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from phinetune.lora.stream import merge_files
+from phinetune.lora.stream import _Work, merge_files
 steps = 0
 def on_event(event):
     global steps
@@ -212,6 +213,27 @@ def test_killed_and_run_again_gives_the_same_bytes(moment: int, tmp_path: Path) 
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     for name, time in whole_files.items():
         assert (tmp_path / "out" / name).stat().st_mtime_ns == time, "a finished file was written again"
+
+
+class Piece:
+    """What `_Work` asks of a file."""
+
+    def __init__(self, size: int, *entries: str) -> None:
+        self.size, self.entries, self.opened = size, dict.fromkeys(entries), 0
+
+    def open(self) -> None:
+        self.opened += 1
+
+
+def test_threads_are_at_files_of_their_own_as_long_as_there_are_enough() -> None:
+    small, large, middle = Piece(1, "a", "b"), Piece(9, "c", "d", "e"), Piece(5, "f")
+    work = _Work([small, large, middle])  # type: ignore[list-item]
+    taken = [work._take() for _ in range(3)]
+    assert taken == [(large, "c"), (middle, "f"), (small, "a")]
+    work.threads[middle] -= 1  # its only tensor is written, and no other file waits
+    rest = [work._take() for _ in range(4)]
+    assert [job and job[1] for job in rest] == ["d", "b", "e", None]
+    assert [p.opened for p in (small, large, middle)] == [1, 1, 1]
 
 
 def test_what_a_killed_merge_of_another_adapter_left_is_not_used(tmp_path: Path) -> None:
@@ -334,6 +356,7 @@ def test_systems_without_these_calls_write_the_same_bytes(
 ) -> None:
     base, adapter, out = folders
     merge_files(base, adapter, tmp_path / "here")
+    monkeypatch.setattr(fold.Folder, "fold_file", lambda *_: None)
     for call in lacking:
         monkeypatch.delattr(os, call)
     merge_files(base, adapter, out)

@@ -2,21 +2,73 @@
 
 The one place where merging is computed, for a layer in memory and for a tensor on its way from file to file, so both give the same
 bits. It goes by blocks of rows that fit into a processor's cache, so that it costs little more than reading and writing W, and beside the
-weight only one block is ever held in float32. Not here: layers, files.
+weight only one block is ever held in float32. `fold.c` computes it, built when phinetune is installed where there is a compiler;
+elsewhere, and for what it cannot read, torch's operators do, the reference. Not here: layers, files.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from phinetune.errors import AdapterError
-from phinetune.model import kernels
+from phinetune.model.kernels import built, operator, readable
 
-_BLOCK = 1 << 18
-"""Elements of W folded at a time: what was read is in the processor's cache when it is written (measured; 2**17 to 2**20 are alike)."""
+_P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_FACTORS = (_P, _P, _N, _N, _N, _F, _F, _P, _I)
+_READING, _WRITING = 1, 2
+_SPAN, _TOGETHER, _DEEPEST = 32, 4, 1024
+"""Columns and rows that fold.c works on at a time, and its largest r."""
+_BLOCK = 1 << 17
+"""Elements of W folded at a time, about: what was read is in the processor's second cache when it is written, with room for the rest (measured)."""
+
+
+@functools.cache
+def library() -> Any:
+    """The built functions, loaded once; None where they were not built."""
+    loaded = built(Path(__file__).with_name("_fold"))
+    if not hasattr(loaded, "fold_rows"):
+        return None
+    loaded.fold_rows.argtypes, loaded.fold_rows.restype = (_P, _P, *_FACTORS), _I
+    if hasattr(loaded, "fold_file"):
+        loaded.fold_file.argtypes, loaded.fold_file.restype = (_I, _N, _I, _N, _P, _N, *_FACTORS, _P), _I
+    return loaded
+
+
+def packed(A: Tensor, dtype: torch.dtype) -> Tensor:
+    """A (r, columns) as `fold_rows` reads it for a weight of this dtype: (spans, r, 32), filled up with zeros.
+
+    Two bfloat16 numbers are one word, and a word's halves go into vectors of their own: the even columns of a span come first.
+    """
+    r, columns = A.shape
+    filled = torch.nn.functional.pad(A, (0, -columns % _SPAN))
+    if dtype is torch.float32:
+        return filled.view(r, -1, _SPAN).permute(1, 0, 2).contiguous()
+    return filled.view(r, -1, _SPAN // 2, 2).permute(1, 0, 3, 2).contiguous().view(-1, r, _SPAN)
+
+
+@operator(
+    "fold_rows(Tensor source, Tensor(a!) W, Tensor A, Tensor B, float scaling) -> (bool, float, float)",
+    lambda *_: (True, 0.0, 0.0),
+)
+def fold_rows(source: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[bool, float, float]:
+    """W (rows, columns) = source + scaling · B A; A `packed`, B (rows, r) float32, all contiguous. `source` may be W itself.
+
+    Gives whether all results are finite, and <W - source, Δ> and <Δ, Δ> over the two rows that change most. The reference is
+    `Folder.fold_reference`.
+    """
+    moved = (ctypes.c_double * 2)()
+    pointers = (source.data_ptr(), W.data_ptr(), A.data_ptr(), B.data_ptr())
+    sizes, limit, wide = (*W.shape, B.shape[1]), torch.finfo(W.dtype).max, int(W.dtype is torch.float32)
+    finite = library().fold_rows(*pointers, *sizes, scaling, limit, ctypes.addressof(moved), wide)
+    return bool(finite), moved[0], moved[1]
 
 
 class Folder:
@@ -42,34 +94,44 @@ class Folder:
         self.whole = transposed and magnitude is not None  # lengths run along the stored columns: all rows at once
         if transposed and not self.whole:  # (Wᵀ + s B A)ᵀ = W + s Aᵀ Bᵀ
             self.A, self.B = self.B.t().contiguous(), self.A.t().contiguous()
-        factors = (self.A, self.B)
-        self.compiled = magnitude is None and len(self.A) <= kernels.WIDEST // 4 and kernels.usable(*factors)
+        self.packed = packed(self.A, dtype) if self._can_be_compiled() else None
         self.scratch: Tensor | None = None
         self.share = [0.0, 0.0]
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(first row, row after the last) of each block."""
         rows, columns = self.shape
-        step = rows if self.whole else max(1, _BLOCK // max(1, columns))
+        step = rows if self.whole else max(1, _BLOCK // max(1, columns) // _TOGETHER) * _TOGETHER
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
 
+    def _can_be_compiled(self) -> bool:
+        known = self.dtype in (torch.bfloat16, torch.float32) and self.magnitude is None and len(self.A) <= _DEEPEST
+        return known and library() is not None and readable(self.A, self.B)
+
+    def _factor_for(self, *blocks: Tensor) -> Tensor | None:
+        """A for the compiled function, where it can read these blocks of W."""
+        return self.packed if all(b.is_contiguous() for b in blocks) and readable(*blocks) else None
+
     @torch.no_grad()
-    def fold(self, block: Tensor, start: int, stop: int) -> bool:
-        """Fold rows `start` to `stop` of the change into `block` (those rows of W), in place. False if a value is not finite."""
-        if not self._compiled_for(block):
-            return self.fold_reference(block, start, stop)
-        finite, moved, size = kernels.fold_rows(block, self.A, self.B[start:stop], self.scaling)
+    def fold(self, block: Tensor, start: int, stop: int, source: Tensor | None = None) -> bool:
+        """`block` = `source` (those rows of W; None: what is in `block`) with rows `start` to `stop` of the change. False if a value is not finite."""
+        source = block if source is None else source
+        A = self._factor_for(source, block)
+        if A is None:
+            return self.fold_reference(block, start, stop, source)
+        finite, moved, size = fold_rows(source, block, A, self.B[start:stop], self.scaling)
         self.share[0] += moved
         self.share[1] += size
         return bool(finite)
 
     @torch.no_grad()
-    def fold_reference(self, block: Tensor, start: int, stop: int) -> bool:
+    def fold_reference(self, block: Tensor, start: int, stop: int, source: Tensor | None = None) -> bool:
         """What `fold` does, by torch's operators."""
-        merged = self.merged(block, start, stop)
+        source = block if source is None else source
+        merged = self.merged(source, start, stop)
         rows = self._sampled(start, stop)
-        before = block[rows]
+        before = source[rows]
         block.copy_(merged)
         self._measure(before, block[rows], rows + start)
         low, high = torch.aminmax(merged)
@@ -77,15 +139,34 @@ class Folder:
         return bool(low >= -limit) and bool(high <= limit)  # a NaN is neither
 
     @torch.no_grad()
-    def write(self, block: Tensor, start: int, stop: int) -> None:
-        """As `fold`, without looking at what came of it: for blocks that have no numbers, too, and on any device without waiting."""
-        if self._compiled_for(block):
-            kernels.fold_rows(block, self.A, self.B[start:stop], self.scaling)
-        else:
-            block.copy_(self.merged(block, start, stop))
+    def fold_file(self, source: int, start: int, target: int, to: int) -> bool | None:
+        """The whole weight, from byte `start` of an open file to byte `to` of another. False if a value is not finite.
 
-    def _compiled_for(self, block: Tensor) -> bool:
-        return self.compiled and block.is_contiguous() and kernels.usable(block)
+        None where it is not compiled: the caller goes by blocks, which gives the same bytes. Raises OSError; EOFError for a file that
+        ends early.
+        """
+        if self.packed is None or not hasattr(library(), "fold_file"):
+            return None
+        (rows, columns), moved, failed = self.shape, (ctypes.c_double * 2)(), ctypes.c_int()
+        step = next(self.blocks(), (0, 1))[1]
+        buffer = torch.empty(step, columns, dtype=self.dtype)
+        files, pointers = (source, start, target, to), (self.packed.data_ptr(), self.B.data_ptr())
+        sizes = (rows, columns, self.B.shape[1], self.scaling, torch.finfo(self.dtype).max)
+        results = (ctypes.addressof(moved), int(self.dtype is torch.float32), ctypes.addressof(failed))
+        code = library().fold_file(*files, buffer.data_ptr(), step, *pointers, *sizes, *results)
+        if code in (_READING, _WRITING):
+            raise EOFError if failed.value < 0 else OSError(failed.value, os.strerror(failed.value))
+        self.share = [a + b for a, b in zip(self.share, moved, strict=True)]
+        return bool(code == 0)
+
+    @torch.no_grad()
+    def write(self, block: Tensor, start: int, stop: int) -> None:
+        """As `fold` in place, without looking at what came of it: for blocks that have no numbers, too, and on any device without waiting."""
+        A = self._factor_for(block)
+        if A is None:
+            block.copy_(self.merged(block, start, stop))
+        else:
+            fold_rows(block, block, A, self.B[start:stop], self.scaling)
 
     @torch.no_grad()
     def merged(self, block: Tensor, start: int, stop: int) -> Tensor:

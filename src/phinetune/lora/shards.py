@@ -80,7 +80,7 @@ def copy_bytes(source: int, target: int, start: int, stop: int, to: int) -> None
                 raise
             break
         if count == 0:
-            raise ModelError("a file of the base model ended early")
+            raise ended_early()
         start, to = start + count, to + count
     block = memoryview(bytearray(min(_CHUNK, stop - start)))
     while start < stop:
@@ -105,7 +105,7 @@ def read_all(source: int, buffer: memoryview, start: int) -> None:
             count = len(found)
             buffer[:count] = found
         if count == 0:
-            raise ModelError("a file of the base model ended early")
+            raise ended_early()
         buffer, start = buffer[count:], start + count
 
 
@@ -119,6 +119,11 @@ def write_all(target: int, buffer: memoryview, to: int) -> None:
                 os.lseek(target, to, os.SEEK_SET)
                 count = os.write(target, buffer)
         buffer, to = buffer[count:], to + count
+
+
+def ended_early() -> ModelError:
+    """The error for a file that is shorter than its header says."""
+    return ModelError("a file of the base model ended early")
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

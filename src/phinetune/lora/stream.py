@@ -11,16 +11,15 @@ they are apart. Not here: which base model belongs to the adapter, tokenizers, p
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import zip_longest
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from phinetune.events import OnEvent, Progress, log_event
 from phinetune.lora.changes import Change
 from phinetune.lora.fold import Folder, check_finite, not_finite
 from phinetune.lora.plan import MergePlan, plan_merge, read_json
-from phinetune.lora.shards import DTYPES, WHOLE_NUMBERS, Layout, bytes_of, copy_bytes, read_all, write_all
+from phinetune.lora.shards import DTYPES, WHOLE_NUMBERS, Layout, bytes_of, copy_bytes, ended_early, read_all, write_all
 from phinetune.model.folder import weight_files
 
 INDEX = "model.safetensors.index.json"
@@ -96,8 +95,7 @@ def merge_files(
         progress = _Count(on_event, sum(f.stat().st_size for f in files), sum(f.stat().st_size for f in wanted))
         threads = torch.get_num_threads()
         try:
-            for group in (wanted[i : i + _WORKERS] for i in range(0, len(wanted), _WORKERS)):
-                _write_shards([_Shard(f, output / f.name, layout, plan, restore) for f in group], journal, progress)
+            _write_shards([_Shard(f, output / f.name, layout, plan, restore) for f in wanted], journal, progress)
             progress.add(progress.total - progress.done)  # headers, padding
         finally:
             torch.set_num_threads(threads)
@@ -174,27 +172,69 @@ def _mark(file: Path) -> list[int]:
 
 
 def _write_shards(shards: list[_Shard], journal: _Journal, progress: _Count) -> None:
-    """Write a few files at once, their tensors in turn: a file takes one write at a time, so threads had better be at several."""
-    with contextlib.ExitStack() as stack:
-        for shard in shards:
-            shard.open(stack)
-        pool = stack.enter_context(ThreadPoolExecutor(_WORKERS))
-        in_turn = [job for row in zip_longest(*([(s, n) for n in s.entries] for s in shards)) for job in row if job]
-        jobs = {pool.submit(shard.write_tensor, name): (shard, name) for shard, name in in_turn}
-        left = {id(shard): len(shard.entries) for shard in shards}
+    """Write the files, their tensors by several threads; this one tells of what is done."""
+    work, written = _Work(shards), SimpleQueue[tuple[_Shard, str] | None]()
+    left = {id(shard): len(shard.entries) for shard in shards}
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        workers = [pool.submit(work.run, written.put) for _ in range(_WORKERS)]
         try:
             for shard in (s for s in shards if not s.entries):
+                shard.open()
                 journal.add(shard.target.name, shard.close())
-            for job in as_completed(jobs):
-                job.result()
-                shard, name = jobs[job]
-                left[id(shard)] -= 1
-                if not left[id(shard)]:
-                    journal.add(shard.target.name, shard.close())
-                progress.add(shard.size_of(name))
+            for _ in workers:  # each says at its end that it is there
+                while (job := written.get()) is not None:
+                    shard, name = job
+                    left[id(shard)] -= 1
+                    if not left[id(shard)]:
+                        journal.add(shard.target.name, shard.close())
+                    progress.add(shard.size_of(name))
+            for worker in workers:
+                worker.result()
+        finally:
+            work.stopped = True
+            pool.shutdown()
+            for shard in shards:
+                shard.abandon()
+
+
+class _Work:
+    """Hands out the tensors of some files to threads. Each is at a file of its own as long as there are enough: a file takes one write at a time."""
+
+    def __init__(self, shards: list[_Shard]) -> None:
+        self.waiting = sorted(
+            (s for s in shards if s.entries), key=lambda s: s.size
+        )  # the largest last, and begun first
+        self.left: dict[_Shard, list[str]] = {}
+        self.threads: dict[_Shard, int] = {}
+        self.stopped, self.lock = False, threading.Lock()
+
+    def run(self, written: Callable[[tuple[_Shard, str] | None], None]) -> None:
+        """Write tensors until none is left; `written` is told each, and None at the end."""
+        try:
+            while (job := self._take()) is not None:
+                shard, name = job
+                shard.write_tensor(name)
+                with self.lock:
+                    self.threads[shard] -= 1
+                written(job)
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            self.stopped = True
             raise
+        finally:
+            written(None)
+
+    def _take(self) -> tuple[_Shard, str] | None:
+        with self.lock:
+            begun = [shard for shard, names in self.left.items() if names]
+            if self.waiting and all(self.threads[shard] for shard in begun):
+                begun = [self.waiting.pop()]
+                begun[0].open()
+                self.left[begun[0]], self.threads[begun[0]] = list(reversed(begun[0].entries)), 0
+            if not begun or self.stopped:
+                return None
+            shard = min(begun, key=lambda shard: self.threads[shard])
+            self.threads[shard] += 1
+            return shard, self.left[shard].pop()
 
 
 class _Shard:
@@ -218,20 +258,25 @@ class _Shard:
         self.start = 8 + len(self.raw)
         self.size = self.start + end
         self.report, self.lock = MergeReport(), threading.Lock()
+        self.files: tuple[Any, ...] = ()
 
-    def open(self, stack: contextlib.ExitStack) -> None:
+    def open(self) -> None:
         """Open both files and write the header."""
-        self.read: int = stack.enter_context(self.source.open("rb")).fileno()
-        self.file = stack.enter_context(self.part.open("wb"))
-        self.write: int = self.file.fileno()
-        self.file.truncate(self.size)
+        self.files = (self.source.open("rb"), self.part.open("wb"))
+        self.read, self.write = (file.fileno() for file in self.files)
+        self.files[1].truncate(self.size)
         write_all(self.write, memoryview(len(self.raw).to_bytes(8, "little") + self.raw), 0)
 
     def close(self) -> MergeReport:
         """Every tensor is written: give the file its name."""
-        self.file.close()
+        self.abandon()
         os.replace(self.part, self.target)
         return self.report
+
+    def abandon(self) -> None:
+        """Close both files, if they are open."""
+        for file in self.files:
+            file.close()
 
     def size_of(self, name: str) -> int:
         """Bytes of a tensor."""
@@ -264,18 +309,28 @@ class _Shard:
         """Read a block of rows, fold, write: the block never leaves the cache."""
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         folder = change.folder(shape, dtype)
-        row = folder.shape[1] * dtype.itemsize
-        buffer: Tensor | None = None
-        for first, last in folder.blocks():
-            if buffer is None:
-                buffer = torch.empty(last - first, folder.shape[1], dtype=dtype)
+        try:
+            finite = folder.fold_file(self.read, start, self.write, to)
+        except EOFError:
+            raise ended_early() from None
+        if finite is None:
+            finite = self._folded_by_blocks(folder, start, to)
+        if not finite:
+            raise not_finite(name, dtype)
+        with self.lock:
+            self._tell(change, folder)
+
+    def _folded_by_blocks(self, folder: Folder, start: int, to: int) -> bool:
+        """What `Folder.fold_file` does, on any system and for any dtype: its reference."""
+        row, blocks = folder.shape[1] * folder.dtype.itemsize, list(folder.blocks())
+        buffer = torch.empty(blocks[0][1] if blocks else 0, folder.shape[1], dtype=folder.dtype)
+        for first, last in blocks:
             block = buffer[: last - first]
             read_all(self.read, bytes_of(block), start + first * row)
             if not folder.fold(block, first, last):
-                raise not_finite(name, dtype)
+                return False
             write_all(self.write, bytes_of(block), to + first * row)
-        with self.lock:
-            self._tell(change, folder)
+        return True
 
     def _restored(self, name: str, change: Change | None, start: int, entry: Any, to: int) -> None:
         """A tensor as the training saw it, with its change if it has one: needed whole."""

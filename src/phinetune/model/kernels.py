@@ -1,4 +1,4 @@
-"""The functions of `kernels.c` as operators of torch: normalization, the gated activation, what attention does around its products, folding.
+"""The functions of `kernels.c` as operators of torch: normalization, the gated activation, what attention does around its products.
 
 They are built when phinetune is installed where there is a C compiler. Where they are missing, and for tensors that they cannot read,
 `usable` says no and callers take torch's own operators, the reference of each; `phinetune info` tells whether they are there. Every one
@@ -30,7 +30,6 @@ _ARGUMENTS = {
     "scatter_heads": (_P, _P, _P, _P, _P, _N, _P, _N, _N, _N, _N, _F, _I),
     "causal_softmax": (_P, _N, _N, _N, _N, _I),
     "softmax_backward": (_P, _P, _N, _N, _I),
-    "fold_rows": (_P, _P, _P, _N, _N, _N, _F, _F, _P, _I),
 }
 WIDEST = 8192
 """Numbers in a row of a normalization, or in a head, at most."""
@@ -59,16 +58,21 @@ def library() -> Any:
     try:
         for name, arguments in _ARGUMENTS.items() if loaded is not None else ():
             function = getattr(loaded, name)
-            function.argtypes, function.restype = arguments, _I if name == "fold_rows" else None
+            function.argtypes, function.restype = arguments, None
     except AttributeError:
         return None
     return loaded
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """True if the functions are there and can read these tensors: plain ones of one dtype that they know, in main memory."""
+    """True if the functions are there and can read these tensors."""
+    return library() is not None and readable(*tensors)
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """True for plain tensors of one dtype that compiled functions know, in main memory, with nothing between that changes operators."""
     first = tensors[0]
-    if first is None or first.dtype not in _DTYPES or library() is None:
+    if first is None or first.dtype not in _DTYPES:
         return False
     if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
         return False
@@ -205,20 +209,6 @@ def softmax_backward(P: Tensor, dP: Tensor) -> None:
     """dP (..., width) becomes the gradient of the scores, P · (dP - sum of P · dP); both contiguous."""
     width = P.shape[-1]
     library().softmax_backward(P.data_ptr(), dP.data_ptr(), P.numel() // width, width, _wide(P))
-
-
-@operator(
-    "fold_rows(Tensor(a!) W, Tensor A, Tensor B, float scaling) -> (bool, float, float)", lambda *_: (True, 0.0, 0.0)
-)
-def fold_rows(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[bool, float, float]:
-    """W (rows, columns) += scaling · B A in place, A (r, columns) and B (rows, r) float32, all contiguous, r at most WIDEST / 4.
-
-    Gives whether all results are finite, and <W's change, Δ> and <Δ, Δ> over the two rows that change most. The reference is `Folder.fold_reference` of `lora/fold.py`.
-    """
-    moved = (ctypes.c_double * 2)()
-    pointers, limit = (W.data_ptr(), A.data_ptr(), B.data_ptr()), torch.finfo(W.dtype).max
-    finite = library().fold_rows(*pointers, *W.shape, len(A), scaling, limit, ctypes.addressof(moved), _wide(W))
-    return bool(finite), moved[0], moved[1]
 
 
 def _angles(cos: Tensor | None, sin: Tensor | None) -> tuple[int | None, int | None, int]:
