@@ -46,7 +46,8 @@ class FastPaths:
     grouped: bool = True
     """LoRA layers that share their input in one function (query, key and value; gate and up)."""
     tiles: bool = True
-    """LoRA layers that share their input, factors and frozen weights, in one call, on processors with AMX and in bfloat16."""
+    """On processors with AMX, in bfloat16: LoRA layers that share their input, factors and frozen weights, in one call; with `kernels`, attention
+    between its projections in one call."""
     last_rows: bool = True
     """The last layer's MLP only where a learned token is predicted."""
     chunked_loss: bool = True
@@ -104,7 +105,7 @@ def speed_up(model: Any, paths: FastPaths, on_event: OnEvent = log_event) -> Any
     if not paths.kernels or not tried:
         return model
     if library() is not None:
-        _exchange_forwards(model, on_event)
+        _exchange_forwards(model, paths.tiles, on_event)
     elif model.device.type == "cpu":
         on_event(Note("training: without phinetune's compiled functions, slower; see phinetune info"))
     return model
@@ -213,7 +214,7 @@ def _exchange_norms(model: Any, built: bool) -> None:
                 setattr(parent, name, fast.train(module.training))
 
 
-def _exchange_forwards(model: Any, on_event: OnEvent) -> None:
+def _exchange_forwards(model: Any, by_tiles: bool, on_event: OnEvent) -> None:
     """Give attentions and MLPs the forwards of `rotary` and `gated` where these compute what their own do on the model's own numbers.
 
     The modules stay, with all they hold; what they compute is looked at once, layer by layer. Without numbers nothing is tried.
@@ -222,7 +223,10 @@ def _exchange_forwards(model: Any, on_event: OnEvent) -> None:
 
     blocks = uses_blocks(model)
     kinds: list[tuple[Any, list[Any]]] = [
-        (rotary.forward, [m for m in model.modules() if blocks and rotary.could_be_rotary(m)]),
+        (
+            functools.partial(rotary.forward, by_tiles=by_tiles),
+            [m for m in model.modules() if blocks and rotary.could_be_rotary(m)],
+        ),
         (gated.forward, [m for m in model.modules() if gated.could_be_gated(m)]),
     ]
     forwards = {id(module): functools.partial(forward, module) for forward, found in kinds for module in found}

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from phinetune.model import kernels
+from phinetune.model import attention_tiles, kernels
 from phinetune.model.attention import BLOCK, is_tree, keeps_probabilities
 from phinetune.model.fast import TREES
 
@@ -65,6 +65,8 @@ class Plan:
     key_rows: int
     query_places: tuple[Tensor, Tensor]
     key_places: tuple[Tensor, Tensor]
+    entries: tuple[int, ...] | None
+    """As `attention_tiles.attention_rows` takes them; None where a prefix does not begin with the first token, or tokens are left out."""
 
 
 @_disable_current_modes()  # planning is no part of a step that is followed
@@ -99,7 +101,13 @@ def plan_attention(sets: Sequence[tuple[list[int], list[range]]], tokens: int) -
             query_rows += len(entries) * rows
         planned.append(_Keys(key_rows, torch.from_numpy(index).flatten(), len(entries), length, blocks))
         key_rows += len(entries) * length
-    return Plan(planned, query_rows, key_rows, _places(asked), _places(known))
+    return Plan(planned, query_rows, key_rows, _places(asked), _places(known), _entries(sets, tokens))
+
+
+def _entries(sets: Sequence[tuple[list[int], list[range]]], tokens: int) -> tuple[int, ...] | None:
+    found = [n for prefix, entries in sets for own in entries for n in (0, len(prefix), own.start, len(own))]
+    plain = all(prefix == list(range(len(prefix))) for prefix, _ in sets) and all(n > 0 for n in found[3::4])
+    return tuple(found) if plain and sum(found[3::4]) == tokens else None
 
 
 def _places(of_tokens: list[list[tuple[int, int, int]]]) -> tuple[Tensor, Tensor]:
@@ -147,7 +155,7 @@ class RotaryAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, plan, scaling, heads, groups, cos, sin, *states):  # type: ignore[no-untyped-def]
-        q, k, v = _apart(states, heads, groups)
+        q, k, v = attention_tiles.apart(states, heads, groups)
         D = q.shape[1] // heads
         Q, K, V, out = (
             q.new_empty(rows * n * D)
@@ -210,14 +218,6 @@ class RotaryAttention(torch.autograd.Function):
         return (None,) * 6 + ((whole,) if ctx.fused else tuple(results))
 
 
-def _apart(states: Sequence[Tensor], heads: int, groups: int) -> Sequence[Tensor]:
-    """q, k and v, each (T, its heads · D), from themselves or from the one tensor that holds them side by side."""
-    if len(states) == 3:
-        return states
-    D = states[0].shape[1] // (heads + 2 * groups)
-    return torch.split(states[0], [heads * D, groups * D, groups * D], dim=1)
-
-
 def _keys(flat: Tensor, keys: _Keys, groups: int, D: int) -> Tensor:
     """The set's part of a flat buffer: (n, G, length, D)."""
     rows = keys.entries * keys.length
@@ -249,11 +249,17 @@ def _probabilities(q: Tensor, k: Tensor, block: _Block) -> Tensor:
 
 
 def rotary_attention(
-    states: Sequence[Tensor], cos: Tensor, sin: Tensor, heads: int, groups: int, scaling: float, plan: Plan
-) -> Tensor:
+    states: Sequence[Tensor], cos: Tensor, sin: Tensor, heads: int, groups: int, scaling: float, plan: Plan, by_tiles: bool = False
+) -> Tensor:  # fmt: skip
     """q (T, H · D), k and v (T, G · D), or one tensor that holds them side by side, cos and sin (T, width) -> (T, H · D).
 
-    The reference is transformers' `apply_rotary_pos_emb`, then `attention.attention_reference`."""
+    by_tiles: in one call where that can be. The reference is transformers' `apply_rotary_pos_emb`, then `attention.attention_reference`."""
+    entries = plan.entries if by_tiles else None
+    if entries is not None:
+        apart = attention_tiles.apart(states, heads, groups)
+        if attention_tiles.usable(apart, cos, sin, heads, groups, len(entries) // 4):
+            found: Tensor = attention_tiles.TilesAttention.apply(entries, heads, groups, scaling, cos, sin, *states)  # type: ignore[no-untyped-call]
+            return found
     result: Tensor = RotaryAttention.apply(plan, scaling, heads, groups, cos, sin, *states)  # type: ignore[no-untyped-call]
     return result
 
@@ -288,6 +294,7 @@ def forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
+    by_tiles: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What an attention of Llama's kind computes: hidden_states (B, T, hidden) -> (B, T, hidden), by the kernels where they serve.
@@ -308,5 +315,6 @@ def forward(
     heads, groups = text.num_attention_heads, text.num_key_value_heads
     cos, sin = (x.expand(B, T, -1).reshape(B * T, -1) for x in position_embeddings)
     flat = [x.reshape(B * T, -1) for x in states]
-    out = rotary_attention(flat, cos, sin, heads, groups, module.scaling, batch_plan(attention_mask, B, T))
+    plan = batch_plan(attention_mask, B, T)
+    out = rotary_attention(flat, cos, sin, heads, groups, module.scaling, plan, by_tiles)
     return module.o_proj(out.view(B, T, -1)), None

@@ -1,0 +1,487 @@
+/* The attention of a decoder layer between its projections, in one call forward and one backward, on processors with AMX: rotary positions,
+ * causal rows and trees, grouped keys, and the gradients of all of it.
+ *
+ *     P = softmax(s Q K')      O = P V      dV = P' G      dP = G V'      dS = P * (dP - rowsum(P * dP))      dQ = s dS K      dK = s dS' Q
+ *
+ * An entry is a run of tokens, each of which sees itself, those before it in the run, and the entry's prefix, a run of tokens before it. Work
+ * is divided by entries and groups of heads that share keys. Within one, 32 queries at a time meet all keys that the last of them sees: a
+ * whole row of scores lies in the cache, so its softmax needs no second look (Dao et al. 2022, "FlashAttention", has none to spare). Nothing of
+ * P is kept for the way back but the logarithm of each row's sum (the same, section 3.1); P is formed again, a part of a row at a time, as
+ * rowsum(P * dP) = rowsum(O * G) is known beforehand.
+ *
+ * dK and dV are summed over 128 queries in tiles, over heads and queries in float32, and over entries that have a prefix in common in float32
+ * as well, one sum for each thread; so the result depends on the number of threads, in float32's last digits, and on nothing else.
+ *
+ * Plain C over pointers, called by attention_tiles.py, which makes the checks and names the reference. bfloat16; heads of a multiple of 32
+ * numbers. Not here: dropout, other masks, other processors.
+ */
+#include "tiles.h"
+#ifdef HAS_TILES
+#include <math.h>
+
+typedef struct {
+    int64_t heads, groups, D, width, entries, shared; /* width: numbers of a head that turn; shared: tokens from the first on that are prefixes */
+    const int64_t *entry;                             /* (entries, 4): first token of the prefix, its length, first token, length */
+    const half *q, *k, *v, *cos, *sin;
+    int64_t q_stride, k_stride, v_stride, T;
+    float scale;
+    half *out;        /* (T, heads D), read on the way back */
+    float *sums;      /* (heads, T): log2 of each row's sum of 2^(scores log2 e) */
+    const half *grad; /* (T, heads D) */
+    half *dq, *dk, *dv;
+    int64_t dq_stride, dk_stride, dv_stride;
+} Attention;
+
+enum { WIDEST = 256, QUERIES = 128, BLOCKS = QUERIES / 32, PART = 128 }; /* numbers of a head at most; queries whose dK and dV are
+ * summed in tiles; keys whose scores stay in the nearest cache on the way back */
+
+/* ---- rows ---- */
+
+static const float LOG2E = 1.44269504f;
+
+/* 2^x for x <= 0 or so, to bfloat16's precision and better: the fraction by its Taylor series (error 3e-6), the whole part as an exponent. */
+WITH_TILES static inline __m512 power_of_two(__m512 x)
+{
+    __m512 whole = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, whole), p = _mm512_set1_ps(1.3333558e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, whole);
+}
+
+/* The lanes of 16 numbers from `at` on that lie before `seen`. */
+static inline __mmask16 before(int64_t at, int64_t seen) { return seen - at >= 16 ? 0xffff : seen <= at ? 0 : (__mmask16)((1u << (seen - at)) - 1); }
+
+WITH_TILES static inline void store_halves(half *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+/* scores (width, a multiple of 32) -> 2^(scores log2 e - highest) for what is seen, 0 beyond; gives their sum, and log2 of it all as `logarithm`. */
+WITH_TILES static inline float exponential_row(const float *scores, half *P, int64_t width, int64_t seen, float *logarithm)
+{
+    __m512 highest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps(), log2e = _mm512_set1_ps(LOG2E);
+    int64_t whole = seen / 16 * 16;
+    __mmask16 rest = before(whole, seen);
+    for (int64_t i = 0; i < whole; i += 16) highest = _mm512_max_ps(highest, _mm512_loadu_ps(scores + i));
+    highest = _mm512_mask_max_ps(highest, rest, highest, _mm512_maskz_loadu_ps(rest, scores + whole));
+    float top = _mm512_reduce_max_ps(highest) * LOG2E;
+    __m512 down = _mm512_set1_ps(-top);
+    for (int64_t i = 0; i < whole; i += 16) {
+        __m512 p = power_of_two(_mm512_fmadd_ps(_mm512_loadu_ps(scores + i), log2e, down));
+        sum = _mm512_add_ps(sum, p);
+        store_halves(P + i, p);
+    }
+    if (whole < width) {
+        __m512 p = _mm512_maskz_mov_ps(rest, power_of_two(_mm512_fmadd_ps(_mm512_maskz_loadu_ps(rest, scores + whole), log2e, down)));
+        sum = _mm512_add_ps(sum, p);
+        store_halves(P + whole, p);
+        for (int64_t i = whole + 16; i < width; i += 16) store_halves(P + i, _mm512_setzero_ps());
+    }
+    float total = _mm512_reduce_add_ps(sum);
+    *logarithm = top + log2f(total);
+    return total;
+}
+
+/* A part (width) of a query's scores and dP -> P and dS, 0 beyond what is seen. `along`: the sum of P dP over the whole row. */
+WITH_TILES static inline void gradient_row(const float *scores, const float *dP, half *P, half *dS, int64_t width, int64_t seen, float logarithm, float along)
+{
+    __m512 log2e = _mm512_set1_ps(LOG2E), down = _mm512_set1_ps(-logarithm), mean = _mm512_set1_ps(along);
+    for (int64_t i = 0; i < width; i += 16) {
+        if (i + 16 <= seen) {
+            __m512 p = power_of_two(_mm512_fmadd_ps(_mm512_loadu_ps(scores + i), log2e, down));
+            store_halves(P + i, p);
+            store_halves(dS + i, _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(dP + i), mean)));
+        } else {
+            __mmask16 there = before(i, seen);
+            __m512 p = _mm512_maskz_mov_ps(there, power_of_two(_mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, scores + i), log2e, down)));
+            store_halves(P + i, p);
+            store_halves(dS + i, _mm512_maskz_mul_ps(there, p, _mm512_sub_ps(_mm512_loadu_ps(dP + i), mean)));
+        }
+    }
+}
+
+/* The sum of P dP over a query's row is that of O G over the head's numbers. */
+WITH_TILES static inline float product_of(const half *x, const half *y, int64_t D)
+{
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < D; i += 32) sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(x + i), (__m512bh)_mm512_loadu_si512(y + i));
+    return _mm512_reduce_add_ps(sum);
+}
+
+WITH_TILES static inline __m512 load_halves(const half *from) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16); }
+
+/* x (D) turned by its position's angles (Su et al. 2021, "RoFormer", equation 34, halves as in GPT-NeoX); `back` turns the other way. */
+WITH_TILES static void rotate(float *x, const half *cos, const half *sin, int64_t width, int back)
+{
+    int64_t n = width / 2;
+    for (int64_t i = 0; i < n; i++) {
+        float a = x[i], b = x[i + n], c = number(cos, i, 0), d = number(cos, i + n, 0), s = number(sin, i, 0), t = number(sin, i + n, 0);
+        x[i] = back ? a * c + b * t : a * c - b * s;
+        x[i + n] = back ? b * d - a * s : b * d + a * t;
+    }
+}
+
+/* A head's D numbers of a token, turned if there are angles, and scaled -> to (D). */
+WITH_TILES static void take(const Attention *a, const half *from, int64_t token, int turned, float scale, half *to)
+{
+    float x[WIDEST];
+    __m512 by = _mm512_set1_ps(scale);
+    if (!turned) {
+        for (int64_t i = 0; i < a->D; i += 16) store_halves(to + i, _mm512_mul_ps(load_halves(from + i), by));
+        return;
+    }
+    if (a->width == a->D) { /* the whole head turns, as it mostly does: without a stop in memory */
+        const half *cos = a->cos + token * a->D, *sin = a->sin + token * a->D;
+        int64_t n = a->D / 2;
+        for (int64_t i = 0; i < n; i += 16) {
+            __m512 low = load_halves(from + i), high = load_halves(from + n + i);
+            __m512 first = _mm512_fnmadd_ps(high, load_halves(sin + i), _mm512_mul_ps(low, load_halves(cos + i)));
+            __m512 second = _mm512_fmadd_ps(low, load_halves(sin + n + i), _mm512_mul_ps(high, load_halves(cos + n + i)));
+            store_halves(to + i, _mm512_mul_ps(first, by));
+            store_halves(to + n + i, _mm512_mul_ps(second, by));
+        }
+        return;
+    }
+    for (int64_t i = 0; i < a->D; i++) x[i] = number(from, i, 0);
+    rotate(x, a->cos + token * a->width, a->sin + token * a->width, a->width, 0);
+    for (int64_t i = 0; i < a->D; i += 16) store_halves(to + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(scale)));
+}
+
+/* The gradient x (D) of a head's numbers, turned back and scaled -> to (D). */
+WITH_TILES static void give(const Attention *a, float *x, int64_t token, int turned, float scale, half *to)
+{
+    if (turned) rotate(x, a->cos + token * a->width, a->sin + token * a->width, a->width, 1);
+    for (int64_t i = 0; i < a->D; i += 16) store_halves(to + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(scale)));
+}
+
+/* ---- an entry's keys, values and queries ---- */
+
+typedef struct {
+    int64_t prefix, before, first, own, keys; /* `before` tokens from `prefix` on, `own` from `first` on; keys: both, filled up */
+} Run;
+
+static Run run_of(const Attention *a, int64_t entry)
+{
+    const int64_t *e = a->entry + 4 * entry;
+    Run run = {e[0], e[1], e[2], e[3], filled(e[1] + e[3])};
+    return run;
+}
+
+static inline int64_t token_of(const Run *run, int64_t key) { return key < run->before ? run->prefix + key : run->first + key - run->before; }
+
+/* A group's keys or values of all tokens of a run -> to (keys, D), zeros where none is. */
+WITH_TILES static void take_all(const Attention *a, const Run *run, const half *from, int64_t stride, int turned, half *to)
+{
+    int64_t there = run->before + run->own;
+    for (int64_t key = 0; key < there; key++) take(a, from + token_of(run, key) * stride, token_of(run, key), turned, 1.0f, to + key * a->D);
+    memset(to + there * a->D, 0, (size_t)((run->keys - there) * a->D) * sizeof(half));
+}
+
+/* 32 queries of a head, or their gradients, from the run's token `at` on -> to (32, D). */
+WITH_TILES static void take_block(const Attention *a, const Run *run, const half *from, int64_t stride, int64_t at, int turned, half *to)
+{
+    int64_t rows = run->own - at < 32 ? run->own - at : 32;
+    for (int64_t i = 0; i < rows; i++)
+        take(a, from + (run->first + at + i) * stride, run->first + at + i, turned, turned ? a->scale : 1.0f, to + i * a->D);
+    memset(to + rows * a->D, 0, (size_t)((32 - rows) * a->D) * sizeof(half));
+}
+
+/* x (keys, D) -> panels of x', one for each 32 keys. */
+WITH_TILES static void pack_across(const half *x, int64_t keys, int64_t D, half *to)
+{
+    for (int64_t n = 0; n < keys; n += 32) pack_rows(x + n * D, D, to + n * D);
+}
+
+/* x (keys, D) -> panels of x, one for each 32 of D. */
+WITH_TILES static void pack_along(const half *x, int64_t keys, int64_t D, half *to)
+{
+    for (int64_t d = 0; d < D; d += 32)
+        for (int64_t n = 0; n < keys; n += 32) interleave(x + n * D + d, D, to + d * keys + n * 32, 32);
+}
+
+/* left (32, D) times the panels of `across`, up to `width` -> scores (32, width), rows `stride` apart. */
+WITH_TILES static void score(const half *left, const half *across, int64_t D, int64_t width, float *scores, int64_t stride, int lower)
+{
+    for (int64_t n = 0; n < width; n += 32) {
+        clear();
+        multiply(left, D, 32, across + n * D, D / 32, lower);
+        _tile_stored(0, scores + n, stride * 4);
+        _tile_stored(1, scores + n + 16, stride * 4);
+        if (lower) {
+            _tile_stored(2, scores + 16 * stride + n, stride * 4);
+            _tile_stored(3, scores + 16 * stride + n + 16, stride * 4);
+        }
+    }
+    __asm__ volatile("" : : : "memory");
+}
+
+/* left (32, width), rows `stride` apart, times the panels of `along`, of which each is `keys` deep -> to (32, D). */
+WITH_TILES static void combine(const half *left, int64_t stride, int64_t width, const half *along, int64_t keys, int64_t D, float *to, int lower)
+{
+    for (int64_t d = 0; d < D; d += 32) {
+        clear();
+        multiply(left, stride, 32, along + d * keys, width / 32, lower);
+        _tile_stored(0, to + d, D * 4);
+        _tile_stored(1, to + d + 16, D * 4);
+        if (lower) {
+            _tile_stored(2, to + 16 * D + d, D * 4);
+            _tile_stored(3, to + 16 * D + d + 16, D * 4);
+        }
+    }
+    __asm__ volatile("" : : : "memory");
+}
+
+/* ---- memory of a thread ---- */
+
+typedef struct {
+    half *K, *V, *packed[3], *P, *dS, *wide[2], *turned[2], *q, *g;
+    float *scores, *dP, *rows, *sums[2];
+    void *all;
+} Room;
+
+static void *part(char **at, int64_t bytes)
+{
+    void *found = *at;
+    *at += (bytes + 63) / 64 * 64;
+    return found;
+}
+
+/* What a thread needs for runs of up to `keys` keys. With `at` 0 its size is counted only. */
+static int64_t lay_out(Room *room, char *at, int64_t keys, int64_t D, int backward)
+{
+    char *start = at;
+    int64_t flat = keys * D * (int64_t)sizeof(half);
+    room->K = part(&at, flat), room->V = part(&at, flat);
+    for (int i = 0; i < 2 + backward; i++) room->packed[i] = part(&at, flat);
+    int64_t row = backward ? PART : keys;
+    room->P = part(&at, 32 * row * 2), room->scores = part(&at, 32 * row * 4);
+    room->q = part(&at, 32 * D * 2), room->rows = part(&at, 32 * D * 4);
+    if (backward) {
+        room->dS = part(&at, 32 * keys * 2), room->dP = part(&at, 32 * PART * 4), room->g = part(&at, 32 * D * 2);
+        for (int i = 0; i < 2; i++) {
+            room->wide[i] = part(&at, QUERIES * keys * 2);
+            room->turned[i] = part(&at, QUERIES * D * 2);
+            room->sums[i] = part(&at, keys * D * 4);
+        }
+    }
+    return at - start;
+}
+
+static int make_room(Room *room, const Attention *a, int backward)
+{
+    int64_t keys = 0;
+    for (int64_t e = 0; e < a->entries; e++) keys = run_of(a, e).keys > keys ? run_of(a, e).keys : keys;
+    int64_t size = lay_out(room, 0, keys, a->D, backward);
+    room->all = aligned_alloc(64, (size_t)size);
+    if (room->all) lay_out(room, room->all, keys, a->D, backward);
+    return room->all != 0;
+}
+
+/* ---- forward ---- */
+
+WITH_TILES static void forward_run(const Attention *a, const Run *run, int64_t group, const Room *room)
+{
+    int64_t D = a->D, each = a->heads / a->groups;
+    take_all(a, run, a->k + group * D, a->k_stride, 1, room->K);
+    take_all(a, run, a->v + group * D, a->v_stride, 0, room->V);
+    pack_across(room->K, run->keys, D, room->packed[0]);
+    pack_along(room->V, run->keys, D, room->packed[1]);
+    for (int64_t head = group * each; head < (group + 1) * each; head++)
+        for (int64_t at = 0; at < run->own; at += 32) {
+            int64_t rows = run->own - at < 32 ? run->own - at : 32, width = filled(run->before + at + rows);
+            float weights[32];
+            take_block(a, run, a->q + head * D, a->q_stride, at, 1, room->q);
+            score(room->q, room->packed[0], D, width, room->scores, width, rows > 16);
+            for (int64_t i = 0; i < rows; i++)
+                weights[i] = 1.0f / exponential_row(room->scores + i * width, room->P + i * width, width, run->before + at + i + 1,
+                                                    a->sums + head * a->T + run->first + at + i);
+            if (rows < 32) memset(room->P + rows * width, 0, (size_t)((32 - rows) * width) * sizeof(half));
+            combine(room->P, width, width, room->packed[1], run->keys, D, room->rows, rows > 16);
+            for (int64_t i = 0; i < rows; i++)
+                give(a, room->rows + i * D, 0, 0, weights[i], a->out + (run->first + at + i) * a->heads * D + head * D);
+        }
+}
+
+WITH_TILES static int forward(const Attention *a)
+{
+    int failed = 0;
+#pragma omp parallel
+    {
+        Room room;
+        if (!make_room(&room, a, 0)) note(&failed);
+#pragma omp barrier
+        if (!failed) {
+            shape_tiles();
+#pragma omp for schedule(static, 1)
+            for (int64_t unit = 0; unit < a->entries * a->groups; unit++) {
+                Run run = run_of(a, unit / a->groups);
+                forward_run(a, &run, unit % a->groups, &room);
+            }
+            _tile_release();
+        }
+        free(room.all);
+    }
+    return failed;
+}
+
+/* ---- backward ---- */
+
+/* x (32, D) -> its transpose in blocks of 32 x 32, QUERIES / 32 of them side by side for each 32 of D; this is number `block`. */
+WITH_TILES static void turn(const half *x, int64_t D, int64_t block, half *to)
+{
+    half pairs[2 * TILE] __attribute__((aligned(64)));
+    for (int64_t d = 0; d < D; d += 32) {
+        half *here = to + (d / 32 * BLOCKS + block) * 2 * TILE;
+        interleave(x + d, D, pairs, 32);
+        transpose_pairs(pairs, 32, here);
+        transpose_pairs(pairs + TILE, 32, here + TILE);
+    }
+}
+
+/* sums (D, keys) += left (D, queries) times right (queries, keys): `turned` blocks and interleaved ones, from block `from[key / 32]` on. */
+WITH_TILES static void add_over_queries(const half *turned, const half *wide, const int64_t *widths, int64_t blocks, int64_t D, int64_t keys, float *sums)
+{
+    for (int64_t n = 0, from = 0; n < widths[blocks - 1]; n += 32) {
+        while (widths[from] <= n) from++; /* earlier queries do not see these keys */
+        for (int64_t d = 0; d < D; d += 32) {
+            float *to = sums + d * keys + n;
+            _tile_loadd(0, to, keys * 4);
+            _tile_loadd(1, to + 16, keys * 4);
+            _tile_loadd(2, to + 16 * keys, keys * 4);
+            _tile_loadd(3, to + 16 * keys + 16, keys * 4);
+            multiply(turned + (d / 32 * BLOCKS + from) * 2 * TILE, 32, 2 * TILE, wide + (n / 32 * BLOCKS + from) * 2 * TILE, blocks - from, 1);
+            _tile_stored(0, to, keys * 4);
+            _tile_stored(1, to + 16, keys * 4);
+            _tile_stored(2, to + 16 * keys, keys * 4);
+            _tile_stored(3, to + 16 * keys + 16, keys * 4);
+        }
+    }
+    __asm__ volatile("" : : : "memory");
+}
+
+/* 32 queries: dQ is written, P and dS (32, width) are left interleaved as block number `block`. */
+WITH_TILES static void backward_block(const Attention *a, const Run *run, int64_t head, int64_t at, int64_t width, int64_t block, const Room *room)
+{
+    int64_t D = a->D, rows = run->own - at < 32 ? run->own - at : 32;
+    take_block(a, run, a->q + head * D, a->q_stride, at, 1, room->q);
+    take_block(a, run, a->grad + head * D, a->heads * D, at, 0, room->g);
+    float along[32];
+    for (int64_t i = 0; i < rows; i++) along[i] = product_of(a->out + (run->first + at + i) * a->heads * D + head * D, room->g + i * D, D);
+    for (int64_t n = 0; n < width; n += PART) {
+        int64_t some = width - n < PART ? width - n : PART, seen = run->before + at + 1 - n;
+        score(room->q, room->packed[0] + n * D, D, some, room->scores, PART, rows > 16);
+        score(room->g, room->packed[2] + n * D, D, some, room->dP, PART, rows > 16);
+        for (int64_t i = 0; i < rows; i++)
+            gradient_row(room->scores + i * PART, room->dP + i * PART, room->P + i * PART, room->dS + i * width + n, some, seen + i,
+                         a->sums[head * a->T + run->first + at + i], along[i]);
+        for (int64_t k = 0; k < some; k += 32) {
+            interleave(room->P + k, PART, room->wide[0] + ((n + k) / 32 * BLOCKS + block) * 2 * TILE, rows);
+            interleave(room->dS + n + k, width, room->wide[1] + ((n + k) / 32 * BLOCKS + block) * 2 * TILE, rows);
+        }
+    }
+    if (rows < 32) memset(room->dS + rows * width, 0, (size_t)((32 - rows) * width) * sizeof(half));
+    combine(room->dS, width, width, room->packed[1], run->keys, D, room->rows, rows > 16);
+    for (int64_t i = 0; i < rows; i++)
+        give(a, room->rows + i * D, run->first + at + i, 1, a->scale, a->dq + (run->first + at + i) * a->dq_stride + head * D);
+    turn(room->g, D, block, room->turned[0]);
+    turn(room->q, D, block, room->turned[1]);
+}
+
+/* sums (D, keys) of a run -> where they belong: into the threads' sums of what is a prefix, or turned back to its token. */
+WITH_TILES static void give_keys(const Attention *a, const Run *run, const float *sums, int turned, float *shared, half *to, int64_t stride)
+{
+    float x[16 * WIDEST] __attribute__((aligned(64)));
+    int64_t there = run->before + run->own;
+    for (int64_t key = 0; key < there; key += 16) {
+        for (int64_t d = 0; d < a->D; d += 16) {
+            float square[256] __attribute__((aligned(64)));
+            transpose_pairs((const half *)(sums + d * run->keys + key), 2 * run->keys, (half *)square);
+            for (int64_t i = 0; i < 16; i++) memcpy(x + i * a->D + d, square + 16 * i, 64);
+        }
+        for (int64_t i = 0; i < 16 && key + i < there; i++) {
+            int64_t token = token_of(run, key + i);
+            float *row = x + i * a->D;
+            if (token < a->shared)
+                for (int64_t d = 0; d < a->D; d++) shared[token * a->D + d] += row[d];
+            else give(a, row, token, turned, 1.0f, to + token * stride);
+        }
+    }
+}
+
+WITH_TILES static void backward_run(const Attention *a, const Run *run, int64_t group, const Room *room, float *shared)
+{
+    int64_t D = a->D, each = a->heads / a->groups, widths[BLOCKS], common = a->shared * D;
+    take_all(a, run, a->k + group * D, a->k_stride, 1, room->K);
+    take_all(a, run, a->v + group * D, a->v_stride, 0, room->V);
+    pack_across(room->K, run->keys, D, room->packed[0]);
+    pack_along(room->K, run->keys, D, room->packed[1]);
+    pack_across(room->V, run->keys, D, room->packed[2]);
+    for (int i = 0; i < 2; i++) memset(room->sums[i], 0, (size_t)(run->keys * D) * sizeof(float));
+    for (int64_t head = group * each; head < (group + 1) * each; head++)
+        for (int64_t start = 0; start < run->own; start += QUERIES) {
+            int64_t blocks = 0;
+            for (int64_t at = start; at < run->own && at < start + QUERIES; at += 32, blocks++) {
+                widths[blocks] = filled(run->before + (at + 32 < run->own ? at + 32 : run->own));
+                backward_block(a, run, head, at, widths[blocks], blocks, room);
+            }
+            for (int i = 0; i < 2; i++) add_over_queries(room->turned[i], room->wide[i], widths, blocks, D, run->keys, room->sums[i]);
+        }
+    give_keys(a, run, room->sums[1], 1, shared + 2 * group * common, a->dk + group * D, a->dk_stride);
+    give_keys(a, run, room->sums[0], 0, shared + (2 * group + 1) * common, a->dv + group * D, a->dv_stride);
+}
+
+/* The threads' sums of a prefix's token -> its gradients. */
+WITH_TILES static void give_shared(const Attention *a, int64_t token, const float *shared, int64_t threads)
+{
+    int64_t common = a->shared * a->D;
+    for (int64_t group = 0; group < a->groups; group++)
+        for (int64_t part = 0; part < 2; part++) {
+            float sum[WIDEST];
+            memset(sum, 0, sizeof sum);
+            for (int64_t t = 0; t < threads; t++)
+                for (int64_t d = 0; d < a->D; d++) sum[d] += shared[((t * a->groups + group) * 2 + part) * common + token * a->D + d];
+            if (part) give(a, sum, token, 0, 1.0f, a->dv + token * a->dv_stride + group * a->D);
+            else give(a, sum, token, 1, 1.0f, a->dk + token * a->dk_stride + group * a->D);
+        }
+}
+
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+int omp_get_max_threads(void);
+
+WITH_TILES static int backward(const Attention *a)
+{
+    int failed = 0;
+    int64_t each = 2 * a->groups * a->shared * a->D;
+    float *shared = calloc((size_t)(omp_get_max_threads() * each + 1), sizeof(float));
+#pragma omp parallel
+    {
+        Room room;
+        if (!make_room(&room, a, 1) || !shared) note(&failed);
+#pragma omp barrier
+        if (!failed) {
+            shape_tiles();
+#pragma omp for schedule(static, 1)
+            for (int64_t unit = 0; unit < a->entries * a->groups; unit++) {
+                Run run = run_of(a, unit / a->groups);
+                backward_run(a, &run, unit % a->groups, &room, shared + omp_get_thread_num() * each);
+            }
+            _tile_release();
+#pragma omp for schedule(static)
+            for (int64_t token = 0; token < a->shared; token++) give_shared(a, token, shared, omp_get_num_threads());
+        }
+        free(room.all);
+    }
+    free(shared);
+    return failed;
+}
+
+int tiles_usable(void) { return may_use_tiles(); }
+int attention_forward(const Attention *a) { return forward(a); }
+int attention_backward(const Attention *a) { return backward(a); }
+
+#else
+int tiles_usable(void) { return 0; }
+int attention_forward(const void *a) { return a != 0; }
+int attention_backward(const void *a) { return a != 0; }
+#endif

@@ -1,0 +1,177 @@
+/* Matrix tiles (AMX) for products of bfloat16 numbers with sums in float32: what `lora/tiles.c` and `model/attention.c` have in common.
+ *
+ * A left operand is 32 rows of 32 numbers a step, as they lie; a right one is brought into the tiles' layout, pairs of rows side by side, in
+ * panels of 32 columns. A block of 32 x 32 results stays in four tile registers while it goes along both.
+ *
+ * Everything is static: each of the two files is a library of its own. Only for gcc on x86-64 Linux (`HAS_TILES`).
+ */
+#if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#define HAS_TILES 1
+#include <cpuid.h>
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define WITH_TILES __attribute__((target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16")))
+
+typedef uint16_t half;            /* bfloat16 */
+enum { TILE = 512 };              /* numbers of a tile of 16 rows of 32 (or of 16 pairs of rows of 16) */
+
+/* 1 if this process may use tiles: the system is asked for leave (arch_prctl, ARCH_REQ_XCOMP_PERM of tile data). */
+static inline int may_use_tiles(void)
+{
+    __builtin_cpu_init();
+    unsigned a, b, c, d = 0;
+    __get_cpuid_count(7, 0, &a, &b, &c, &d); /* bits 22 and 24: products of bfloat16 tiles, tiles */
+    return d >> 22 & 1 && d >> 24 & 1 && __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+
+static inline int64_t filled(int64_t n) { return (n + 31) / 32 * 32; }
+
+struct shape { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; };
+
+/* Tiles 0 to 3 are results, 4 and 5 upper and lower rows of the left operand, 6 and 7 of the right one: 16 rows of 64 bytes each. */
+WITH_TILES static void shape_tiles(void)
+{
+    struct shape shape;
+    memset(&shape, 0, sizeof shape);
+    shape.palette = 1;
+    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+    __asm__ volatile("ldtilecfg %0" : : "m"(shape)); /* gcc's own function lets it leave out what it believes nobody reads */
+}
+
+WITH_TILES static inline void clear(void)
+{
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+/* Adds 32 blocked rows times a panel (32 columns, two tiles a step), 32 `steps` deep, to tiles 0 to 3; without `lower` the upper 16 rows. */
+WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t advance, const half *panel, int64_t steps, int lower)
+{
+    __asm__ volatile("" : : : "memory"); /* what was packed is there before tiles load it, of which gcc's functions do not tell it */
+    if (lower)
+        for (int64_t k = 0; k < steps; k++, left += advance, panel += 2 * TILE) {
+            _tile_loadd(4, left, stride * 2);
+            _tile_loadd(6, panel, 64);
+            _tile_loadd(7, panel + TILE, 64);
+            _tile_loadd(5, left + 16 * stride, stride * 2);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    else
+        for (int64_t k = 0; k < steps; k++, left += advance, panel += 2 * TILE) {
+            _tile_loadd(4, left, stride * 2);
+            _tile_loadd(6, panel, 64);
+            _tile_loadd(7, panel + TILE, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+}
+
+/* Tiles 0 to 3 -> block (32, 32). */
+WITH_TILES static inline void fetch(float *block, int lower)
+{
+    _tile_stored(0, block, 128);
+    _tile_stored(1, block + 16, 128);
+    if (lower) {
+        _tile_stored(2, block + 512, 128);
+        _tile_stored(3, block + 528, 128);
+    }
+}
+
+/* Tiles 0 to 3 -> the first `rows` rows of 32 in bfloat16. */
+WITH_TILES static inline void put(half *to, int64_t stride, int64_t rows)
+{
+    float block[1024] __attribute__((aligned(64)));
+    fetch(block, rows > 16);
+    for (int64_t i = 0; i < rows; i++) {
+        __m512 low = _mm512_load_ps(block + 32 * i), high = _mm512_load_ps(block + 32 * i + 16);
+        _mm512_storeu_si512(to + i * stride, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+}
+
+/* ---- operands in the tiles' layout: tile row p, column n holds the pair (2p, n), (2p + 1, n) of the right operand ---- */
+
+static inline float number(const void *from, int64_t at, int wide)
+{
+    uint32_t bits;
+    float value;
+    if (wide) return ((const float *)from)[at];
+    bits = (uint32_t)((const half *)from)[at] << 16;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline half rounded(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0u;
+    return (half)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+/* 16 rows of 16 pairs -> 16 rows of pairs the other way round (a transpose of 32-bit numbers). */
+WITH_TILES static inline void transpose_pairs(const half *from, int64_t stride, half *to)
+{
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_si512(to + 32 * i, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512(to + 32 * (i + 8), _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        _mm512_storeu_si512(to + 32 * (i + 4), _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_storeu_si512(to + 32 * (i + 12), _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}
+
+/* 32 rows of 32 numbers, of which `rows` are there -> two tiles of pairs of rows; the others count as zero. */
+WITH_TILES static inline void interleave(const half *from, int64_t stride, half *to, int64_t rows)
+{
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    for (int64_t p = 0; p < 16; p++) {
+        __m512i one = 2 * p < rows ? _mm512_loadu_si512(from + 2 * p * stride) : _mm512_setzero_si512();
+        __m512i other = 2 * p + 1 < rows ? _mm512_loadu_si512(from + (2 * p + 1) * stride) : _mm512_setzero_si512();
+        _mm512_storeu_si512(to + 32 * p, _mm512_permutex2var_epi16(one, first, other));
+        _mm512_storeu_si512(to + TILE + 32 * p, _mm512_permutex2var_epi16(one, second, other));
+    }
+}
+
+/* Columns n to n + 32 of X W' need rows n to n + 32 of W (N, K): 2 tiles for each 32 of K. */
+WITH_TILES static void pack_rows(const half *W, int64_t K, half *to)
+{
+    for (int64_t k = 0; k < K; k += 32, to += 2 * TILE) {
+        transpose_pairs(W + k, K, to);
+        transpose_pairs(W + 16 * K + k, K, to + TILE);
+    }
+}
+
+static void note(int *failed) /* all threads go on, or none */
+{
+#pragma omp atomic write
+    *failed = 1;
+}
+#endif
