@@ -36,6 +36,13 @@ typedef struct {
     int wide; /* factors are float32 */
 } Layers;
 
+/* Blocked rows times a panel. The rows come from the second cache; a panel stays in the first one while it goes down the rows, unless it is deep. */
+WITH_TILES static __attribute__((noinline)) void along(const half *left, const half *panel, int64_t steps, int lower)
+{
+    if (steps > 20) multiply(left, 32, 1024, panel, steps, lower, 2);
+    else multiply(left, 32, 1024, panel, steps, lower, 1);
+}
+
 /* 32 rows from `row` on and `count` columns from `column` on of a factor (rows, width), scaled -> (32, count); 0 beyond its ends. */
 static void part_of(const void *from, int64_t rows, int64_t width, int64_t row, int64_t column, int64_t count, float s, int wide, half *to)
 {
@@ -82,7 +89,7 @@ WITH_TILES static void down(const Layers *l, half *X, half *panels, half *rows)
         block_rows(l->X, l->M, l->K, m, X + m * l->K);
         for (int64_t c = 0; c < l->R / 32; c++) {
             clear();
-            multiply(X + m * l->K, 32, 1024, panels + c * steps * 2 * TILE, steps, l->M - m > 16);
+            along(X + m * l->K, panels + c * steps * 2 * TILE, steps, l->M - m > 16);
             if (l->M - m <= 16) memset(l->D + m * l->R + 1024 * c + 512, 0, 1024);
             put(l->D + m * l->R + 1024 * c, 32, l->M - m > 16 ? 32 : 16);
         }
@@ -110,8 +117,8 @@ WITH_TILES static void up(const Layers *l, const half *X, half *panel, half *col
             for (int64_t m = from; m < l->M && m < from + rows; m += 32) {
                 int64_t there = l->M - m < 32 ? l->M - m : 32;
                 clear();
-                multiply(X + m * l->K, 32, 1024, panel, steps, there > 16);
-                multiply(l->D + m * l->R + 32 * l->at[i], 32, 1024, panel + steps * 2 * TILE, deep / 32, there > 16);
+                along(X + m * l->K, panel, steps, there > 16);
+                along(l->D + m * l->R + 32 * l->at[i], panel + steps * 2 * TILE, deep / 32, there > 16);
                 put(l->Y[i] + m * l->N[i] + 32 * n, l->N[i], there);
             }
         }
@@ -160,7 +167,7 @@ WITH_TILES static void gradient_of_D(const Layers *l, half *const *G, half *pane
             block_rows(l->G[i], l->M, l->N[i], m, G[i] + m * l->N[i]);
             for (int64_t c = 0; c < parts; c++) {
                 clear();
-                multiply(G[i] + m * l->N[i], 32, 1024, panels + c * steps * 2 * TILE, steps, 1);
+                along(G[i] + m * l->N[i], panels + c * steps * 2 * TILE, steps, 1);
                 put(U + m * l->R + 32 * l->at[i] + 1024 * c, 32, 32);
             }
         }
@@ -188,8 +195,8 @@ WITH_TILES static void gradient_of_X(const Layers *l, half *const *G, const half
                 tiles = panel;
                 clear();
                 for (int64_t i = 0; i < l->n; tiles += l->N[i++] / 32 * 2 * TILE)
-                    multiply(G[i] + m * l->N[i], 32, 1024, tiles, l->N[i] / 32, there > 16);
-                multiply(U + m * l->R, 32, 1024, tiles, l->R / 32, there > 16);
+                    along(G[i] + m * l->N[i], tiles, l->N[i] / 32, there > 16);
+                along(U + m * l->R, tiles, l->R / 32, there > 16);
                 put(l->dX + m * l->K + n, l->K, there);
             }
         }
@@ -220,7 +227,7 @@ WITH_TILES static void over_rows(const half *left, int64_t r, int64_t deep, cons
     for (int64_t c = 0; c < r; c += 32) {
         int64_t there = r - c < 32 ? r - c : 32;
         clear();
-        multiply(left + c * deep, deep, 32, panel, deep / 32, there > 16);
+        multiply(left + c * deep, deep, 32, panel, deep / 32, there > 16, 0);
         fetch(block, there > 16);
         for (int64_t i = 0; i < there; i++)
             for (int64_t j = 0; j < 32; j++) set(to, across ? (n + j) * r + c + i : (c + i) * width + n + j, s * block[32 * i + j], wide);

@@ -45,7 +45,7 @@ def choose_rows(
     length, heads = typical_length(lengths), _heads(config)
     if device.type != "cpu" or heads is None or length == 0:
         return dataclasses.replace(paths, fused_rows=False)
-    blocks, fused = attention_seconds(*heads, dtype, length, paths.kernels)
+    blocks, fused = attention_seconds(*heads, dtype, length, paths.kernels, paths.tiles)
     if fused > _PAYS_FROM * blocks:
         return dataclasses.replace(paths, fused_rows=False)
     on_event(
@@ -63,24 +63,27 @@ def typical_length(lengths: Sequence[int]) -> int:
 
 
 def attention_seconds(
-    heads: int, groups: int, width: int, dtype: torch.dtype, length: int, built: bool = True
+    heads: int, groups: int, width: int, dtype: torch.dtype, length: int, built: bool = True, tiles: bool = True
 ) -> tuple[float, float]:
     """(in blocks, fused) seconds of attention, forward and backward, on rows of about `length` tokens. Measured once.
 
-    heads: of queries; groups: of keys and values; width: numbers in a head; built: with the compiled functions, where they are.
+    heads: of queries; groups: of keys and values; width: numbers in a head; built, tiles: with the compiled functions and
+    those for matrix tiles, where they are.
     """
     import torch
 
+    from phinetune.model import attention_tiles
     from phinetune.model.kernels import library
 
     rounded = min(_LONGEST, max(_SHORTEST, 1 << (length - 1).bit_length()))
     ratio = heads // groups
     groups = min(groups, 2 * torch.get_num_threads())  # as many as keep every thread busy tell as much as all of them
     built = built and library() is not None
-    key = content_key("attention", machine_key(), ratio * groups, groups, width, str(dtype), rounded, built)[:16]
+    tiles = tiles and built and attention_tiles.library() is not None
+    key = content_key("attention", machine_key(), ratio * groups, groups, width, str(dtype), rounded, built, tiles)[:16]
     entry = read_measured(key)
     if not entry:
-        blocks, fused = _measure(ratio * groups, groups, width, dtype, rounded, built)
+        blocks, fused = _measure(ratio * groups, groups, width, dtype, rounded, built, tiles)
         entry = {"attention": rounded, "blocks": round(blocks, 6), "fused": round(fused, 6)}
         keep_measured(key, entry)
     return float(entry["blocks"]), float(entry["fused"])
@@ -97,7 +100,9 @@ def _heads(config: Any) -> tuple[int, int, int] | None:
     return None if heads % groups else (heads, groups, getattr(text, "head_dim", None) or hidden // heads)
 
 
-def _measure(heads: int, groups: int, width: int, dtype: torch.dtype, length: int, built: bool) -> tuple[float, float]:
+def _measure(
+    heads: int, groups: int, width: int, dtype: torch.dtype, length: int, built: bool, tiles: bool
+) -> tuple[float, float]:
     """Medians of a few rounds in which both are timed in turn, positions included where the compiled functions turn them."""
     import torch
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -126,7 +131,7 @@ def _measure(heads: int, groups: int, width: int, dtype: torch.dtype, length: in
             q, k, v = turned()
             return causal_attention(q, k, v, scaling)
         flat, at = [x.view(rows * length, -1) for x in states], angles.expand(rows, -1, -1).reshape(-1, width)
-        return rotary_attention(flat, at, at, heads, groups, scaling, plan_rows(rows, length))
+        return rotary_attention(flat, at, at, heads, groups, scaling, plan_rows(rows, length), tiles)
 
     def seconds(attention: Callable[[], torch.Tensor]) -> float:
         start = time.perf_counter()

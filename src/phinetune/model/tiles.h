@@ -51,12 +51,22 @@ WITH_TILES static inline void clear(void)
     _tile_zero(3);
 }
 
-/* Adds 32 blocked rows times a panel (32 columns, two tiles a step), 32 `steps` deep, to tiles 0 to 3; without `lower` the upper 16 rows. */
-WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t advance, const half *panel, int64_t steps, int lower)
+/* The cache lines of 32 rows, for the step after this one. */
+WITH_TILES static inline void fetch_ahead(const half *from, int64_t stride)
+{
+#pragma GCC unroll 32
+    for (int i = 0; i < 32; i++) _mm_prefetch((const char *)(from + i * stride), _MM_HINT_T0);
+}
+
+/* Adds 32 rows times a panel (32 columns, two tiles a step), 32 `steps` deep, to tiles 0 to 3; without `lower` the upper 16 rows. The left operand
+ * moves on by `advance` numbers a step. `far`: how many of the two operands, the left one first, come from the second cache. */
+WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t advance, const half *panel, int64_t steps, int lower, const int far)
 {
     __asm__ volatile("" : : : "memory"); /* what was packed is there before tiles load it, of which gcc's functions do not tell it */
     if (lower)
         for (int64_t k = 0; k < steps; k++, left += advance, panel += 2 * TILE) {
+            if (far > 0) fetch_ahead(left + advance, stride);
+            if (far > 1) fetch_ahead(panel + 2 * TILE, 32);
             _tile_loadd(4, left, stride * 2);
             _tile_loadd(6, panel, 64);
             _tile_loadd(7, panel + TILE, 64);
