@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
-INPUTS := pyproject.toml constraints.txt Makefile src/phinetune/model/kernels.c src/phinetune/lora/fold.c src/phinetune/lora/tiles.c
+INPUTS := pyproject.toml constraints.txt Makefile src/phinetune/model/kernels.c src/phinetune/lora/fold.c src/phinetune/lora/tiles.c \
+	src/phinetune/model/attention.c src/phinetune/model/tiles.h
 
 .PHONY: quickstart test test-all check fix bench docs clean
 

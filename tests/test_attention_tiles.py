@@ -163,7 +163,9 @@ def test_gradients_without_gaps_are_not_asked_for_and_there_is_no_second_derivat
 
 
 @TILES
-@pytest.mark.parametrize("how", ["float32", "narrow", "threads", "autocast", "prefix", "switch", "rows apart"])
+@pytest.mark.parametrize(
+    "how", ["float32", "narrow", "threads", "autocast", "prefix", "switch", "rows apart", "another plan"]
+)
 def test_what_tiles_do_not_serve_goes_the_other_way(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("by tiles")
@@ -183,7 +185,11 @@ def test_what_tiles_do_not_serve_goes_the_other_way(how: str, monkeypatch: pytes
         assert plan.entries is None
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         if how == "rows apart":  # nor do the other functions read them: that they are not asked is enough
-            assert not attention_tiles.usable(attention_tiles.apart(states, 2, 2), cos, sin, 2, 2, 1)
+            assert not attention_tiles.usable(attention_tiles.apart(states, 2, 2), cos, sin, 2, 2, (0, 0, 0, 12))
+            return
+        if how == "another plan":
+            assert attention_tiles.usable(states, cos, sin, 2, 2, (0, 0, 0, 12))
+            assert not attention_tiles.usable(states, cos, sin, 2, 2, (0, 0, 0, 400))
             return
         out = rotary.rotary_attention(states, cos, sin, 2, 2, SCALING, plan, how != "switch")
     assert out.isfinite().all()

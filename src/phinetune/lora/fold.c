@@ -4,7 +4,7 @@
  * float32 and rounded once, to what W is stored as. The order in which the r products are added does not depend on where an entry lies
  * or on how the rows are divided, so a weight folded whole and one folded block by block are the same, bit for bit.
  *
- * Plain C with GCC's and clang's vectors, no Python, no torch headers; loaded by ctypes (model/kernels.py, where the shapes and the
+ * Plain C with GCC's and clang's vectors, no Python, no torch headers; loaded by ctypes (fold.py, where the shapes and the
  * reference are named). OpenMP calls are left to be resolved by the library that torch has loaded. Elsewhere the file is empty, and torch's
  * operators serve. Not here: dtypes other than bfloat16 and float32, checks.
  */
@@ -32,7 +32,6 @@ static const int64_t GRAIN = 1 << 14; /* numbers that are worth a thread */
 
 typedef float floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(LANES * 4), aligned(2), may_alias));
-typedef int32_t masks __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 /* A span of a bfloat16 row is one vector of words, each of which holds two numbers: float32's bits are a shift away. So a span's columns
  * are worked on in that order, the even ones first. A comes packed like that: (spans, r, SPAN), zeros where there is no column. */

@@ -101,7 +101,7 @@ class Folder:
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(first row, row after the last) of each block."""
         rows, columns = self.shape
-        step = rows if self.whole else max(1, _BLOCK // max(1, columns) // _TOGETHER) * _TOGETHER
+        step = max(1, rows) if self.whole else max(1, _BLOCK // max(1, columns) // _TOGETHER) * _TOGETHER
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
 

@@ -176,8 +176,8 @@ def _write_shards(shards: list[_Shard], journal: _Journal, progress: _Count) -> 
     work, written = _Work(shards), SimpleQueue[tuple[_Shard, str] | None]()
     left = {id(shard): len(shard.entries) for shard in shards}
     with ThreadPoolExecutor(_WORKERS) as pool:
-        workers = [pool.submit(work.run, written.put) for _ in range(_WORKERS)]
         try:
+            workers = [pool.submit(work.run, written.put) for _ in range(_WORKERS)]
             for shard in (s for s in shards if not s.entries):
                 shard.open()
                 journal.add(shard.target.name, shard.close())

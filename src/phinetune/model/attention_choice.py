@@ -110,7 +110,8 @@ def _measure(
     from phinetune.model.attention import causal_attention
     from phinetune.model.rotary import plan_rows, rotary_attention
 
-    rows, scaling = max(1, _TOKENS // length), width**-0.5
+    rows = max(1, _TOKENS // length, -(-torch.get_num_threads() // groups))  # each thread has a row's group at least
+    scaling = width**-0.5
     states = [
         torch.full((rows, length, n * width), 0.5, dtype=dtype, requires_grad=True) for n in (heads, groups, groups)
     ]

@@ -53,17 +53,17 @@ def library() -> Any:
     return loaded
 
 
-def usable(states: Sequence[Tensor], cos: Tensor, sin: Tensor, heads: int, groups: int, entries: int) -> bool:
-    """True if the functions are there and serve q (T, heads · D), k and v (T, groups · D) and angles (T, width)."""
+def usable(states: Sequence[Tensor], cos: Tensor, sin: Tensor, heads: int, groups: int, entries: Sequence[int]) -> bool:
+    """True if the functions are there and serve q (T, heads · D), k and v (T, groups · D), angles (T, width) and `entries` of T tokens."""
     q, k, v = states
     D, width = q.shape[1] // heads, cos.shape[-1]
-    if q.dtype is not torch.bfloat16 or library() is None or entries * groups < torch.get_num_threads():
+    if q.dtype is not torch.bfloat16 or library() is None or len(entries) // 4 * groups < torch.get_num_threads():
         return False
     if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
         return False
     return (
         D % 32 == 0 and 0 < D <= _WIDEST and width % 2 == 0 and width <= D and heads % groups == 0
-        and q.shape[1] == heads * D and k.shape[1] == v.shape[1] == groups * D
+        and sum(entries[3::4]) == len(q) == len(k) == len(v) and q.shape[1] == heads * D and k.shape[1] == v.shape[1] == groups * D
         and all(x.dtype is q.dtype and plain(x) and x.stride(-1) == 1 for x in (q, k, v, cos, sin))
         and all(x.shape == (*q.shape[:1], width) and x.is_contiguous() for x in (cos, sin))
     )  # fmt: skip

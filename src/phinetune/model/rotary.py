@@ -66,7 +66,8 @@ class Plan:
     query_places: tuple[Tensor, Tensor]
     key_places: tuple[Tensor, Tensor]
     entries: tuple[int, ...] | None
-    """As `attention_tiles.attention_rows` takes them; None where a prefix does not begin with the first token, or tokens are left out."""
+    """As `attention_tiles.attention_rows` takes them; None where a prefix does not begin with the first token, an entry
+    is empty, or tokens are left out."""
 
 
 @_disable_current_modes()  # planning is no part of a step that is followed
@@ -257,7 +258,7 @@ def rotary_attention(
     entries = plan.entries if by_tiles else None
     if entries is not None:
         apart = attention_tiles.apart(states, heads, groups)
-        if attention_tiles.usable(apart, cos, sin, heads, groups, len(entries) // 4):
+        if attention_tiles.usable(apart, cos, sin, heads, groups, entries):
             found: Tensor = attention_tiles.TilesAttention.apply(entries, heads, groups, scaling, cos, sin, *states)  # type: ignore[no-untyped-call]
             return found
     result: Tensor = RotaryAttention.apply(plan, scaling, heads, groups, cos, sin, *states)  # type: ignore[no-untyped-call]

@@ -204,12 +204,14 @@ def _torch_devices(missing: list[str]) -> tuple[tuple[Accelerator, ...], dict[st
 def _compiled_functions(missing: list[str]) -> None:
     """A line in `missing` if the functions that training on a CPU is fast by were not built."""
     try:
-        from phinetune.model.kernels import library
+        from phinetune.lora import fold
+        from phinetune.model import kernels
     except (ImportError, OSError):  # no torch, which has been said
         return
-    if library() is None:
+    wanting = [name for name, part in (("training on a CPU", kernels), ("merging", fold)) if part.library() is None]
+    if wanting:
         missing.append(
-            "the compiled functions for training on a CPU were not built: install a C compiler, then phinetune again"
+            f"the compiled functions for {' and '.join(wanting)} were not built: install a C compiler, then phinetune again"
         )
 
 

@@ -176,9 +176,10 @@ def _forecast(
 def _computed(layout: str, fast: FastPaths) -> dict[str, Any]:
     """What the run computed with, for the manifest."""
     from phinetune.lora import tiles
-    from phinetune.model import kernels
+    from phinetune.model import attention_tiles, kernels
 
-    built = {"kernels": kernels.library() is not None, "tiles": tiles.library() is not None}
+    by_tiles = tiles.library() is not None and attention_tiles.library() is not None
+    built = {"kernels": kernels.library() is not None, "tiles": by_tiles}
     return {"layout": layout, "fast_paths": {k: on and built.get(k, True) for k, on in asdict(fast).items()}}
 
 
