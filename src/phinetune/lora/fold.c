@@ -55,9 +55,9 @@ ALWAYS void round_bits(words *bits)
     *bits = (nothing & 0x7fc00000u) | (~nothing & (*bits + 0x7fffu + ((*bits >> 16) & 1u)));
 }
 
-/* TOGETHER rows of SPAN columns, `stride` bytes apart: to = from + b' a for b (r, TOGETHER) and a (r, SPAN), a
+/* TOGETHER rows of SPAN columns, `stride` bytes apart: W += b' a for b (r, TOGETHER) and a (r, SPAN), a
  * span packed. `d` receives b' a, its rows `apart` numbers apart, where it is given. */
-ALWAYS void fold_span(const char *from, char *to, int64_t stride, const float *a, const float *b, int64_t r, uint32_t limit, words *beyond, float *d, int64_t apart, int wide)
+ALWAYS void fold_span(char *W, int64_t stride, const float *a, const float *b, int64_t r, uint32_t limit, words *beyond, float *d, int64_t apart, int wide)
 {
     floats low[TOGETHER], high[TOGETHER];
 #pragma GCC unroll 4
@@ -75,8 +75,8 @@ ALWAYS void fold_span(const char *from, char *to, int64_t stride, const float *a
         *(floats *)(d + j * apart + LANES) = high[j];
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < TOGETHER; j++) { /* all are read before one is written: rows often lie alike within their pages */
-        const words *stored = (const words *)(from + j * stride);
+    for (int j = 0; j < TOGETHER; j++) {
+        const words *stored = (const words *)(W + j * stride);
         if (wide) {
             add_stored(low + j, stored[0], limit, beyond);
             add_stored(high + j, stored[1], limit, beyond);
@@ -87,7 +87,7 @@ ALWAYS void fold_span(const char *from, char *to, int64_t stride, const float *a
     }
 #pragma GCC unroll 4
     for (int j = 0; j < TOGETHER; j++) {
-        words *stored = (words *)(to + j * stride), even = (words)low[j], odd = (words)high[j];
+        words *stored = (words *)(W + j * stride), even = (words)low[j], odd = (words)high[j];
         if (wide) {
             stored[0] = even;
             stored[1] = odd;
@@ -110,14 +110,14 @@ ALWAYS float number(const void *row, int64_t i, int wide)
 }
 
 /* A span that is not whole, on copies: `rows` rows of `columns` columns. */
-ALWAYS void fold_part(const char *from, char *to, int64_t stride, int64_t rows, int64_t columns, const float *a, const float *b, int64_t r, uint32_t limit, words *beyond, float *d, int64_t apart, int wide)
+ALWAYS void fold_part(char *W, int64_t stride, int64_t rows, int64_t columns, const float *a, const float *b, int64_t r, uint32_t limit, words *beyond, float *d, int64_t apart, int wide)
 {
     const int64_t bytes = wide ? 4 : 2;
     char whole[TOGETHER * SPAN * 4];
     memset(whole, 0, sizeof whole);
-    for (int64_t j = 0; j < rows; j++) memcpy(whole + j * SPAN * bytes, from + j * stride, (size_t)(columns * bytes));
-    fold_span(whole, whole, SPAN * bytes, a, b, r, limit, beyond, d, apart, wide);
-    for (int64_t j = 0; j < rows; j++) memcpy(to + j * stride, whole + j * SPAN * bytes, (size_t)(columns * bytes));
+    for (int64_t j = 0; j < rows; j++) memcpy(whole + j * SPAN * bytes, W + j * stride, (size_t)(columns * bytes));
+    fold_span(whole, SPAN * bytes, a, b, r, limit, beyond, d, apart, wide);
+    for (int64_t j = 0; j < rows; j++) memcpy(W + j * stride, whole + j * SPAN * bytes, (size_t)(columns * bytes));
 }
 
 /* moved += <new - old, d>, <d, d> over n columns of a row; d as packed. */
@@ -137,22 +137,22 @@ ALWAYS void measure(const char *old, const char *new, const float *d, int64_t n,
 
 /* At most TOGETHER rows of n columns, at most NEAR / 4; a: their spans, b (r, TOGETHER) scaled, zeros where there is no row. `counted`: bits of
  * the rows that are measured. Gives 1 if a sum is over the limit. */
-ALWAYS int fold_strip(const char *from, char *to, int64_t stride, int64_t rows, int64_t n, const float *a, const float *b, int64_t r, uint32_t limit, int counted, double *moved, int wide)
+ALWAYS int fold_strip(char *W, int64_t stride, int64_t rows, int64_t n, const float *a, const float *b, int64_t r, uint32_t limit, int counted, double *moved, int wide)
 {
     const int64_t bytes = wide ? 4 : 2;
     float d[TOGETHER * WIDEST];
     char old[TOGETHER * WIDEST * 4];
     words beyond = {0};
-    for (int64_t j = 0; counted && j < rows; j++) memcpy(old + j * WIDEST * bytes, from + j * stride, (size_t)(n * bytes));
+    for (int64_t j = 0; counted && j < rows; j++) memcpy(old + j * WIDEST * bytes, W + j * stride, (size_t)(n * bytes));
     for (int64_t c = 0; c < n; c += SPAN) {
         float *changes = counted ? d + c : 0;
         if (n - c < SPAN || rows < TOGETHER)
-            fold_part(from + c * bytes, to + c * bytes, stride, rows, n - c < SPAN ? n - c : SPAN, a + c * r, b, r, limit, &beyond, changes, WIDEST, wide);
+            fold_part(W + c * bytes, stride, rows, n - c < SPAN ? n - c : SPAN, a + c * r, b, r, limit, &beyond, changes, WIDEST, wide);
         else
-            fold_span(from + c * bytes, to + c * bytes, stride, a + c * r, b, r, limit, &beyond, changes, WIDEST, wide);
+            fold_span(W + c * bytes, stride, a + c * r, b, r, limit, &beyond, changes, WIDEST, wide);
     }
     for (int64_t j = 0; j < rows; j++)
-        if (counted >> j & 1) measure(old + j * WIDEST * bytes, to + j * stride, d + j * WIDEST, n, moved, wide);
+        if (counted >> j & 1) measure(old + j * WIDEST * bytes, W + j * stride, d + j * WIDEST, n, moved, wide);
     uint32_t found = 0;
     for (int i = 0; i < LANES; i++) found |= beyond[i];
     return found >> 31;
@@ -160,7 +160,7 @@ ALWAYS int fold_strip(const char *from, char *to, int64_t stride, int64_t rows, 
 
 /* `rows` rows of n columns, in rows of `stride` bytes. `most`: which of them are measured. */
 FOR_EVERY_PROCESSOR
-static int fold_piece(const char *from, char *to, int64_t stride, const float *a, const float *B, int64_t rows, int64_t n, int64_t r, float scaling, uint32_t limit, const int64_t *most, double *moved, int wide)
+static int fold_piece(char *W, int64_t stride, const float *a, const float *B, int64_t rows, int64_t n, int64_t r, float scaling, uint32_t limit, const int64_t *most, double *moved, int wide)
 {
     float b[TOGETHER * DEEPEST];
     int beyond = 0;
@@ -171,8 +171,8 @@ static int fold_piece(const char *from, char *to, int64_t stride, const float *a
             if (most[j] >= row && most[j] < row + some) counted |= 1 << (most[j] - row);
         for (int64_t j = 0; j < TOGETHER; j++)
             for (int64_t k = 0; k < r; k++) b[k * TOGETHER + j] = j < some ? scaling * B[(row + j) * r + k] : 0.0f;
-        beyond |= wide ? fold_strip(from + row * stride, to + row * stride, stride, some, n, a, b, r, limit, counted, moved, 1)
-                       : fold_strip(from + row * stride, to + row * stride, stride, some, n, a, b, r, limit, counted, moved, 0);
+        beyond |= wide ? fold_strip(W + row * stride, stride, some, n, a, b, r, limit, counted, moved, 1)
+                       : fold_strip(W + row * stride, stride, some, n, a, b, r, limit, counted, moved, 0);
     }
     return beyond;
 }
@@ -192,10 +192,10 @@ static void largest_rows(const float *B, int64_t rows, int64_t r, int64_t *found
     }
 }
 
-/* W (rows, columns) = from + scaling B A, for B (rows, r) and A (r, columns) packed, r at most DEEPEST; `from` may be W itself. `moved` (2)
- * becomes <W - from, scaling B A> and <scaling B A, scaling B A> over the two rows that change most. Gives 1 if every sum is a number
+/* W (rows, columns) += scaling B A, in place, for B (rows, r) and A (r, columns) packed, r at most DEEPEST. `moved` (2) becomes
+ * <W's change, scaling B A> and <scaling B A, scaling B A> over the two rows that change most. Gives 1 if every sum is a number
  * within the limit. */
-int fold_rows(const void *from, void *W, const float *A, const float *B, int64_t rows, int64_t columns, int64_t r, float scaling, float limit, double *moved, int wide)
+int fold_rows(void *W, const float *A, const float *B, int64_t rows, int64_t columns, int64_t r, float scaling, float limit, double *moved, int wide)
 {
     uint32_t highest;
     double along = 0.0, size = 0.0;
@@ -212,7 +212,7 @@ int fold_rows(const void *from, void *W, const float *A, const float *B, int64_t
             int64_t some = rows - row < lot ? rows - row : lot, at = row * stride + first * bytes;
             int64_t here[2] = {most[0] - row, most[1] - row};
             double sums[2] = {0.0, 0.0};
-            beyond |= fold_piece((const char *)from + at, (char *)W + at, stride, A + first * r, B + row * r, some, n, r, scaling, highest, here, sums, wide);
+            beyond |= fold_piece((char *)W + at, stride, A + first * r, B + row * r, some, n, r, scaling, highest, here, sums, wide);
             along += sums[0];
             size += sums[1];
         }
@@ -260,7 +260,7 @@ int fold_file(int source, int64_t start, int target, int64_t to, char *buffer, i
         int64_t some = rows - row < lot ? rows - row : lot;
         double sums[2];
         if ((*failed = read_whole(source, buffer, some * stride, start + row * stride))) return READING;
-        if (!fold_rows(buffer, buffer, A, B + row * r, some, columns, r, scaling, limit, sums, wide)) return BEYOND;
+        if (!fold_rows(buffer, A, B + row * r, some, columns, r, scaling, limit, sums, wide)) return BEYOND;
         if ((*failed = write_whole(target, buffer, some * stride, to + row * stride))) return WRITING;
         moved[0] += sums[0];
         moved[1] += sums[1];

@@ -36,7 +36,7 @@ def library() -> Any:
     loaded = built(Path(__file__).with_name("_fold"))
     if not hasattr(loaded, "fold_rows"):
         return None
-    loaded.fold_rows.argtypes, loaded.fold_rows.restype = (_P, _P, *_FACTORS), _I
+    loaded.fold_rows.argtypes, loaded.fold_rows.restype = (_P, *_FACTORS), _I
     if hasattr(loaded, "fold_file"):
         loaded.fold_file.argtypes, loaded.fold_file.restype = (_I, _N, _I, _N, _P, _N, *_FACTORS, _P), _I
     return loaded
@@ -55,17 +55,17 @@ def packed(A: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @operator(
-    "fold_rows(Tensor source, Tensor(a!) W, Tensor A, Tensor B, float scaling) -> (bool, float, float)",
+    "fold_rows(Tensor(a!) W, Tensor A, Tensor B, float scaling) -> (bool, float, float)",
     lambda *_: (True, 0.0, 0.0),
 )
-def fold_rows(source: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[bool, float, float]:
-    """W (rows, columns) = source + scaling · B A; A `packed`, B (rows, r) float32, all contiguous. `source` may be W itself.
+def fold_rows(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[bool, float, float]:
+    """W (rows, columns) += scaling · B A in place; A `packed`, B (rows, r) float32, all contiguous.
 
-    Gives whether all results are finite, and <W - source, Δ> and <Δ, Δ> over the two rows that change most. The reference is
+    Gives whether all results are finite, and <W's change, Δ> and <Δ, Δ> over the two rows that change most. The reference is
     `Folder.fold_reference`.
     """
     moved = (ctypes.c_double * 2)()
-    pointers = (source.data_ptr(), W.data_ptr(), A.data_ptr(), B.data_ptr())
+    pointers = (W.data_ptr(), A.data_ptr(), B.data_ptr())
     sizes, limit, wide = (*W.shape, B.shape[1]), torch.finfo(W.dtype).max, int(W.dtype is torch.float32)
     finite = library().fold_rows(*pointers, *sizes, scaling, limit, ctypes.addressof(moved), wide)
     return bool(finite), moved[0], moved[1]
@@ -109,29 +109,27 @@ class Folder:
         known = self.dtype in (torch.bfloat16, torch.float32) and self.magnitude is None and len(self.A) <= _DEEPEST
         return known and library() is not None and readable(self.A, self.B)
 
-    def _factor_for(self, *blocks: Tensor) -> Tensor | None:
-        """A for the compiled function, where it can read these blocks of W."""
-        return self.packed if all(b.is_contiguous() for b in blocks) and readable(*blocks) else None
+    def _factor_for(self, block: Tensor) -> Tensor | None:
+        """A for the compiled function, where it can read this block of W."""
+        return self.packed if block.is_contiguous() and readable(block) else None
 
     @torch.no_grad()
-    def fold(self, block: Tensor, start: int, stop: int, source: Tensor | None = None) -> bool:
-        """`block` = `source` (those rows of W; None: what is in `block`) with rows `start` to `stop` of the change. False if a value is not finite."""
-        source = block if source is None else source
-        A = self._factor_for(source, block)
+    def fold(self, block: Tensor, start: int, stop: int) -> bool:
+        """Fold rows `start` to `stop` of the change into `block` (those rows of W), in place. False if a value is not finite."""
+        A = self._factor_for(block)
         if A is None:
-            return self.fold_reference(block, start, stop, source)
-        finite, moved, size = fold_rows(source, block, A, self.B[start:stop], self.scaling)
+            return self.fold_reference(block, start, stop)
+        finite, moved, size = fold_rows(block, A, self.B[start:stop], self.scaling)
         self.share[0] += moved
         self.share[1] += size
         return bool(finite)
 
     @torch.no_grad()
-    def fold_reference(self, block: Tensor, start: int, stop: int, source: Tensor | None = None) -> bool:
+    def fold_reference(self, block: Tensor, start: int, stop: int) -> bool:
         """What `fold` does, by torch's operators."""
-        source = block if source is None else source
-        merged = self.merged(source, start, stop)
+        merged = self.merged(block, start, stop)
         rows = self._sampled(start, stop)
-        before = source[rows]
+        before = block[rows]
         block.copy_(merged)
         self._measure(before, block[rows], rows + start)
         low, high = torch.aminmax(merged)
@@ -161,12 +159,12 @@ class Folder:
 
     @torch.no_grad()
     def write(self, block: Tensor, start: int, stop: int) -> None:
-        """As `fold` in place, without looking at what came of it: for blocks that have no numbers, too, and on any device without waiting."""
+        """As `fold`, without looking at what came of it: for blocks that have no numbers, too, and on any device without waiting."""
         A = self._factor_for(block)
         if A is None:
             block.copy_(self.merged(block, start, stop))
         else:
-            fold_rows(block, block, A, self.B[start:stop], self.scaling)
+            fold_rows(block, A, self.B[start:stop], self.scaling)
 
     @torch.no_grad()
     def merged(self, block: Tensor, start: int, stop: int) -> Tensor:

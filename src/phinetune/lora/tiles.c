@@ -228,7 +228,7 @@ WITH_TILES static void over_rows(const half *left, int64_t r, int64_t deep, cons
         int64_t there = r - c < 32 ? r - c : 32;
         clear();
         multiply(left + c * deep, deep, 32, panel, deep / 32, there > 16, 0);
-        fetch(block, there > 16);
+        fetch(block, 32, there > 16);
         for (int64_t i = 0; i < there; i++)
             for (int64_t j = 0; j < 32; j++) set(to, across ? (n + j) * r + c + i : (c + i) * width + n + j, s * block[32 * i + j], wide);
     }

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from phinetune.lora.frozen import is_quantized
 from phinetune.lora.functional import Spans, lora_linear
-from phinetune.model.kernels import built, operator, plain
+from phinetune.model.kernels import built_for_tiles, operator, plain, undisturbed
 
 _MOST = 8
 """Layers in one call at most (tiles.c)."""
@@ -49,22 +49,14 @@ class _Layers(ctypes.Structure):
 @functools.cache
 def library() -> Any:
     """The built functions, loaded once; None where they were not built, or the processor or the system has no tiles for us."""
-    loaded = built(Path(__file__).with_name("_tiles"))
-    try:
-        if loaded is None or not loaded.tiles_usable():
-            return None
-        for function in (loaded.lora_forward, loaded.lora_backward):
-            function.argtypes, function.restype = (ctypes.c_void_p,), ctypes.c_int
-    except (OSError, AttributeError):
-        return None
-    return loaded
+    return built_for_tiles(Path(__file__).with_name("_tiles"), "lora_forward", "lora_backward")
 
 
 def usable(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]]) -> bool:
     """True if the functions are there and serve x (..., in) and layers of (W (out, in), bias, A (r, in), B (out, r))."""
     if x.dtype is not torch.bfloat16 or library() is None or len(layers) > _MOST or _rows(x.shape) not in _ROWS:
         return False
-    if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu") or not plain(x):
+    if not undisturbed() or not plain(x):
         return False
     factors = layers[0][2].dtype
     width = x.shape[-1]

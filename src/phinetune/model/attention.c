@@ -205,14 +205,8 @@ WITH_TILES static void score(const half *left, const half *across, int64_t D, in
     for (int64_t n = 0; n < width; n += 32) {
         clear();
         multiply(left, D, 32, across + n * D, D / 32, lower, 0);
-        _tile_stored(0, scores + n, stride * 4);
-        _tile_stored(1, scores + n + 16, stride * 4);
-        if (lower) {
-            _tile_stored(2, scores + 16 * stride + n, stride * 4);
-            _tile_stored(3, scores + 16 * stride + n + 16, stride * 4);
-        }
+        fetch(scores + n, stride, lower);
     }
-    __asm__ volatile("" : : : "memory");
 }
 
 /* left (32, width), rows `stride` apart, times the panels of `along`, of which each is `keys` deep -> to (32, D). */
@@ -221,14 +215,8 @@ WITH_TILES static void combine(const half *left, int64_t stride, int64_t width, 
     for (int64_t d = 0; d < D; d += 32) {
         clear();
         multiply(left, stride, 32, along + d * keys, width / 32, lower, 0);
-        _tile_stored(0, to + d, D * 4);
-        _tile_stored(1, to + d + 16, D * 4);
-        if (lower) {
-            _tile_stored(2, to + 16 * D + d, D * 4);
-            _tile_stored(3, to + 16 * D + d + 16, D * 4);
-        }
+        fetch(to + d, D, lower);
     }
-    __asm__ volatile("" : : : "memory");
 }
 
 /* ---- memory of a thread ---- */
@@ -350,13 +338,9 @@ WITH_TILES static void add_over_queries(const half *turned, const half *wide, co
             _tile_loadd(2, to + 16 * keys, keys * 4);
             _tile_loadd(3, to + 16 * keys + 16, keys * 4);
             multiply(turned + (d / 32 * BLOCKS + from) * 2 * TILE, 32, 2 * TILE, wide + (n / 32 * BLOCKS + from) * 2 * TILE, blocks - from, 1, 0);
-            _tile_stored(0, to, keys * 4);
-            _tile_stored(1, to + 16, keys * 4);
-            _tile_stored(2, to + 16 * keys, keys * 4);
-            _tile_stored(3, to + 16 * keys + 16, keys * 4);
+            fetch(to, keys, 1);
         }
     }
-    __asm__ volatile("" : : : "memory");
 }
 
 /* 32 queries: dQ is written, P and dS (32, width) are left interleaved as block number `block`. */

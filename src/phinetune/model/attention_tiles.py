@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from phinetune.model.kernels import built, operator, plain
+from phinetune.model.kernels import built_for_tiles, operator, plain, undisturbed
 
 _WIDEST = 256
 """Numbers of a head at most (attention.c)."""
@@ -42,15 +42,7 @@ class _Attention(ctypes.Structure):
 @functools.cache
 def library() -> Any:
     """The built functions, loaded once; None where they were not built, or the processor or the system has no tiles for us."""
-    loaded = built(Path(__file__).with_name("_attention"))
-    try:
-        if loaded is None or not loaded.tiles_usable():
-            return None
-        for function in (loaded.attention_forward, loaded.attention_backward):
-            function.argtypes, function.restype = (ctypes.c_void_p,), ctypes.c_int
-    except (OSError, AttributeError):
-        return None
-    return loaded
+    return built_for_tiles(Path(__file__).with_name("_attention"), "attention_forward", "attention_backward")
 
 
 def usable(states: Sequence[Tensor], cos: Tensor, sin: Tensor, heads: int, groups: int, entries: Sequence[int]) -> bool:
@@ -59,10 +51,8 @@ def usable(states: Sequence[Tensor], cos: Tensor, sin: Tensor, heads: int, group
     D, width = q.shape[1] // heads, cos.shape[-1]
     if q.dtype is not torch.bfloat16 or library() is None or len(entries) // 4 * groups < torch.get_num_threads():
         return False
-    if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
-        return False
     return (
-        D % 32 == 0 and 0 < D <= _WIDEST and width % 2 == 0 and width <= D and heads % groups == 0
+        undisturbed() and D % 32 == 0 and 0 < D <= _WIDEST and width % 2 == 0 and width <= D and heads % groups == 0
         and sum(entries[3::4]) == len(q) == len(k) == len(v) and q.shape[1] == heads * D and k.shape[1] == v.shape[1] == groups * D
         and all(x.dtype is q.dtype and plain(x) and x.stride(-1) == 1 for x in (q, k, v, cos, sin))
         and all(x.shape == (*q.shape[:1], width) and x.is_contiguous() for x in (cos, sin))

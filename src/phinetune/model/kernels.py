@@ -51,6 +51,21 @@ def built(path: Path) -> Any:
         return None
 
 
+def built_for_tiles(path: Path, *names: str) -> Any:
+    """`built`, with functions `names` that take a structure's address and give whether they failed; None too where processor or system have
+    no tiles for us."""
+    loaded = built(path)
+    try:
+        if loaded is None or not loaded.tiles_usable():
+            return None
+        for name in names:
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = (_P,), _I
+    except (OSError, AttributeError):
+        return None
+    return loaded
+
+
 @functools.cache
 def library() -> Any:
     """The built functions, loaded once; None where they were not built or cannot be loaded beside this torch."""
@@ -74,9 +89,12 @@ def readable(*tensors: Tensor | None) -> bool:
     first = tensors[0]
     if first is None or first.dtype not in _DTYPES:
         return False
-    if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
-        return False
-    return all(t is None or (t.dtype is first.dtype and plain(t)) for t in tensors)
+    return undisturbed() and all(t is None or (t.dtype is first.dtype and plain(t)) for t in tensors)
+
+
+def undisturbed() -> bool:
+    """True if nothing stands between here and the numbers that would change operators: no transform of torch.func, no autocast."""
+    return not (torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"))
 
 
 def plain(tensor: Tensor) -> bool:

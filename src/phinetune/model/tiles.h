@@ -86,22 +86,23 @@ WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t
         }
 }
 
-/* Tiles 0 to 3 -> block (32, 32). */
-WITH_TILES static inline void fetch(float *block, int lower)
+/* Tiles 0 to 3 -> 32 rows of 32 numbers, `stride` numbers apart; without `lower` the upper 16 rows. */
+WITH_TILES static inline void fetch(float *to, int64_t stride, int lower)
 {
-    _tile_stored(0, block, 128);
-    _tile_stored(1, block + 16, 128);
+    _tile_stored(0, to, stride * 4);
+    _tile_stored(1, to + 16, stride * 4);
     if (lower) {
-        _tile_stored(2, block + 512, 128);
-        _tile_stored(3, block + 528, 128);
+        _tile_stored(2, to + 16 * stride, stride * 4);
+        _tile_stored(3, to + 16 * stride + 16, stride * 4);
     }
+    __asm__ volatile("" : : : "memory"); /* of stores gcc is not told either */
 }
 
 /* Tiles 0 to 3 -> the first `rows` rows of 32 in bfloat16. */
 WITH_TILES static inline void put(half *to, int64_t stride, int64_t rows)
 {
     float block[1024] __attribute__((aligned(64)));
-    fetch(block, rows > 16);
+    fetch(block, 32, rows > 16);
     for (int64_t i = 0; i < rows; i++) {
         __m512 low = _mm512_load_ps(block + 32 * i), high = _mm512_load_ps(block + 32 * i + 16);
         _mm512_storeu_si512(to + i * stride, (__m512i)_mm512_cvtne2ps_pbh(high, low));
