@@ -16,9 +16,12 @@
  */
 #include "../model/tiles.h"
 #ifdef HAS_TILES
+#include <omp.h>
 
 enum { MOST = 8 };         /* layers at most */
-enum { CACHED = 1 << 19 };        /* numbers of a left operand that stay in the second cache while panel after panel is multiplied with them */
+enum { CACHED = 600000 };  /* numbers of a left operand that stay in the second cache while strip after strip is multiplied with them */
+enum { DEEPEST = 1024 };    /* numbers that a block of results goes along before its sums are put down */
+enum { PAST = 1 << 20 };    /* bytes of a result that are too many for a cache to hold until somebody reads them: they go past it */
 
 typedef struct {
     int64_t M, K, n, R;
@@ -31,27 +34,60 @@ typedef struct {
     void *dA[MOST];
     void *dB[MOST];
     int64_t N[MOST], r[MOST], at[MOST]; /* at: the first column in D and U */
-    half *D, *dX;
+    half *D, *dX, *room; /* room: as much as lora_room says */
     float s;
     int wide; /* factors are float32 */
 } Layers;
 
-/* Blocked rows times a panel. The rows come from the second cache; a panel stays in the first one while it goes down the rows, unless it is deep. */
-WITH_TILES static __attribute__((noinline)) void along(const half *left, const half *panel, int64_t steps, int lower)
+/* Results of 32 rows and one or two panels that wait to be rounded and stored: a row at each step of the next ones. The tiles' own stores take
+ * their time to arrive, and whole rows of 128 bytes go to memory faster than two halves at two times. */
+typedef struct { const float *from; half *to; int64_t stride, rows, width, next; int past; } Waiting;
+
+WITH_TILES static inline void store_row(const Waiting *w, int64_t i)
 {
-    if (steps > 20) multiply(left, 32, 1024, panel, steps, lower, 2);
-    else multiply(left, 32, 1024, panel, steps, lower, 1);
+    for (int64_t c = 0; c < w->width; c += 32) {
+        const float *row = w->from + 32 * c + 32 * i;
+        half *to = w->to + i * w->stride + c;
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(row + 16), _mm512_load_ps(row));
+        if (w->past) _mm512_stream_si512((void *)to, both);
+        else _mm512_storeu_si512(to, both);
+    }
 }
 
-/* 32 rows from `row` on and `count` columns from `column` on of a factor (rows, width), scaled -> (32, count); 0 beyond its ends. */
-static void part_of(const void *from, int64_t rows, int64_t width, int64_t row, int64_t column, int64_t count, float s, int wide, half *to)
+WITH_TILES static void finish(Waiting *w)
 {
-    int64_t there = width - column < count ? width - column : count;
-    for (int64_t i = 0; i < 32; i++, to += count) {
-        int64_t known = row + i < rows ? there : 0;
-        for (int64_t k = 0; k < known; k++) to[k] = rounded(s * number(from, (row + i) * width + column + k, wide));
-        memset(to + known, 0, (size_t)(count - known) * sizeof(half));
+    for (; w->next < w->rows; w->next++) store_row(w, w->next);
+}
+
+/* Blocked rows times a panel, as `multiply`, storing what waits on the way. */
+WITH_TILES static __attribute__((noinline)) void along(const half *left, const half *panel, int64_t steps, int lower, Waiting *w)
+{
+    const int64_t spare = w->rows - w->next < steps ? w->rows - w->next : steps;
+    for (int64_t k = 0; k < spare; k++, left += 1024, panel += 1024) {
+        multiply(left, 32, 1024, panel, 1, lower);
+        store_row(w, w->next++);
     }
+    multiply(left, 32, 1024, panel, steps - spare, lower);
+}
+
+/* 16 numbers of a factor, of which `there` are there; the others are zero. */
+WITH_TILES static inline __m512 sixteen(const void *from, int64_t at, int64_t there, int wide)
+{
+    const __mmask16 known = there >= 16 ? 0xffff : there > 0 ? (__mmask16)((1 << there) - 1) : 0;
+    if (wide) return _mm512_maskz_loadu_ps(known, (const float *)from + at);
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(known, (const half *)from + at)), 16);
+}
+
+/* 32 rows from `row` on and `count` columns (a multiple of 32) from `column` on of a factor (rows, width), scaled -> (32, count); 0 beyond its ends. */
+WITH_TILES static void part_of(const void *from, int64_t rows, int64_t width, int64_t row, int64_t column, int64_t count, float s, int wide, half *to)
+{
+    const __m512 scale = _mm512_set1_ps(s);
+    for (int64_t i = 0; i < 32; i++)
+        for (int64_t k = 0; k < count; k += 32, to += 32) {
+            int64_t there = row + i < rows ? width - column - k : 0, at = (row + i) * width + column + k;
+            __m512 low = sixteen(from, at, there, wide), high = sixteen(from, at + 16, there - 16, wide);
+            _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale)));
+        }
 }
 
 /* Rows m to m + 32 of from (M, width) -> blocks of 32 x 32, one for each 32 columns; rows beyond the last are zero. */
@@ -65,14 +101,147 @@ WITH_TILES static void block_rows(const half *from, int64_t M, int64_t width, in
 
 static half *room(int64_t numbers) { return aligned_alloc(64, (size_t)((numbers + 31) / 32 * 32) * sizeof(half)); }
 
-/* Rows of a left operand of this depth that are worked on at a time: even shares of M, at least 128 and at most 512. */
-static int64_t chunk(int64_t M, int64_t depth)
+/* n cut into even shares of at most `most`, in multiples of 32. */
+static int64_t share(int64_t n, int64_t most)
 {
-    int64_t fit = CACHED / depth < 128 ? 128 : CACHED / depth > 512 ? 512 : CACHED / depth, parts = (M + fit - 1) / fit;
-    return filled((M + parts - 1) / parts);
+    int64_t parts = (n + most - 1) / most;
+    return filled((n + parts - 1) / parts);
 }
 
-/* ---- forward ---- */
+static int64_t total(const Layers *l)
+{
+    int64_t sum = 0;
+    for (int64_t i = 0; i < l->n; i++) sum += l->N[i];
+    return sum;
+}
+
+/* ---- the large products: Y = X W' + D B', and, `back`, dX = G W + U A ---- */
+
+typedef struct { int64_t layer, column, width; } Strip; /* 64 columns of a layer's results, or of dX; the last ones 32 */
+
+static int64_t strips(const Layers *l, int back)
+{
+    int64_t count = 0;
+    for (int64_t i = 0; i < l->n && !back; i++) count += (l->N[i] + 63) / 64;
+    return back ? (l->K + 63) / 64 : count;
+}
+
+static Strip strip(const Layers *l, int back, int64_t at)
+{
+    int64_t i = 0;
+    while (!back && at >= (l->N[i] + 63) / 64) at -= (l->N[i++] + 63) / 64;
+    int64_t width = (back ? l->K : l->N[i]) - 64 * at;
+    return (Strip){i, 64 * at, width < 64 ? width : 64};
+}
+
+/* The 32 x 32 numbers of the weights, rows K apart, that column c of a strip has at depth k. */
+static const half *square(const Layers *l, int back, Strip s, int64_t c, int64_t k)
+{
+    if (!back) return l->W[s.layer] + (s.column + c) * l->K + k;
+    int64_t i = 0;
+    while (k >= l->N[i]) k -= l->N[i++];
+    return l->W[i] + k * l->K + s.column + c;
+}
+
+WITH_TILES static void pack(const Layers *l, int back, Strip s, int64_t c, int64_t k, int64_t steps, half *tiles)
+{
+    for (; steps; steps--, k += 32, tiles += 2 * TILE) {
+        const half *from = square(l, back, s, c, k);
+        if (back) interleave(from, l->K, tiles, 32);
+        else {
+            transpose_pairs(from, l->K, tiles);
+            transpose_pairs(from + 16 * l->K, l->K, tiles + TILE);
+        }
+    }
+}
+
+/* The factors' part of a panel: A of all layers, or B of the strip's. */
+WITH_TILES static void pack_factors(const Layers *l, int back, Strip s, int64_t c, half *tiles, half *columns)
+{
+    for (int64_t i = back ? 0 : s.layer; i < (back ? l->n : s.layer + 1); i++)
+        for (int64_t k = 0; k < l->r[i]; k += 32, tiles += 2 * TILE)
+            if (back) {
+                part_of(l->A[i], l->r[i], l->K, k, s.column + c, 32, 1.0f, l->wide, columns);
+                interleave(columns, 32, tiles, 32);
+            } else {
+                part_of(l->B[i], l->N[i], l->r[i], s.column + c, k, 32, l->s, l->wide, columns);
+                transpose_pairs(columns, 32, tiles);
+                transpose_pairs(columns + 512, 32, tiles + TILE);
+            }
+}
+
+/* How a product is cut: the left operand's rows and depth, so that a piece of it stays in the second cache while it goes along all strips. */
+typedef struct { int64_t depth, deep, rows, strips; } Cut;
+
+static Cut cut(const Layers *l, int back)
+{
+    int64_t depth = back ? total(l) : l->K, deep = share(depth, DEEPEST);
+    return (Cut){depth, deep, share(l->M, CACHED / deep), strips(l, back)};
+}
+
+/* Numbers of `room`: X, or all G, blocked, and sums of results whose depth is cut. */
+static int64_t numbers_of_room(const Layers *l, int back)
+{
+    const Cut cuts = cut(l, back);
+    return filled(l->M) * cuts.depth + (cuts.deep < cuts.depth ? 2 * cuts.strips * cuts.rows * 64 : 0);
+}
+
+static float *sums_in(const Layers *l, int back) { return (float *)(l->room + filled(l->M) * cut(l, back).depth); }
+
+/* left: X, or all G side by side; slim: D, or U; all blocked. sums: for results whose depth is cut. The strips' blocks of 32 rows, one strip
+ * after another, are shared out among the threads in one run each. */
+WITH_TILES static void products(const Layers *l, int back, const half *left, const half *slim, half *panels, half *columns, float *sums)
+{
+    const Cut cuts = cut(l, back);
+    const int64_t apart = (cuts.deep + l->R) * 32;
+    float results[2][2048] __attribute__((aligned(64)));
+    Waiting waiting = {0};
+    int turn = 0;
+    for (int64_t from = 0; from < l->M; from += cuts.rows)
+        for (int64_t k = 0; k < cuts.depth; k += cuts.deep) {
+            const int64_t steps = (cuts.depth - k < cuts.deep ? cuts.depth - k : cuts.deep) / 32, last = k + cuts.deep >= cuts.depth;
+            const int64_t blocks = filled(l->M - from < cuts.rows ? l->M - from : cuts.rows) / 32;
+            int64_t cell = cuts.strips * blocks * omp_get_thread_num() / omp_get_num_threads();
+            const int64_t stop = cuts.strips * blocks * (omp_get_thread_num() + 1) / omp_get_num_threads();
+            while (cell < stop) {
+                const int64_t at = cell / blocks;
+                const Strip s = strip(l, back, at), next = strip(l, back, at + 1 < cuts.strips ? at + 1 : at);
+                const int64_t more = last ? (back ? l->R : filled(l->r[s.layer])) / 32 : 0;
+                for (int64_t c = 0; c < s.width; c += 32) {
+                    pack(l, back, s, c, k, steps, panels + c / 32 * apart);
+                    if (last) pack_factors(l, back, s, c, panels + c / 32 * apart + steps * 2 * TILE, columns);
+                }
+                for (int64_t b = cell % blocks; b < blocks && cell < stop; b++, cell++) {
+                    const int64_t m = from + 32 * b, there = l->M - m < 32 ? l->M - m : 32;
+                    if (cell - b + blocks < stop)
+                        for (int64_t j = steps * b / blocks; j < steps * (b + 1) / blocks; j++)
+                            for (int64_t c = 0; c < next.width; c += 32) fetch_soon(square(l, back, next, c, k + 32 * j), l->K);
+                    for (int64_t c = 0; c < s.width; c += 32) {
+                        const half *panel = panels + c / 32 * apart;
+                        float *kept = sums + cell * 2048 + 32 * c;
+                        if (k) resume(kept, there > 16);
+                        else clear();
+                        along(left + m * cuts.depth + 32 * k, panel, steps, there > 16, &waiting);
+                        if (!last) keep(kept, there > 16);
+                        else {
+                            along(slim + m * l->R + 32 * (back ? 0 : l->at[s.layer]), panel + steps * 2 * TILE, more, there > 16, &waiting);
+                            fetch(results[turn] + 32 * c, 32, there > 16);
+                        }
+                    }
+                    if (!last) continue;
+                    finish(&waiting);
+                    const int64_t stride = back ? l->K : l->N[s.layer];
+                    half *to = (back ? l->dX : l->Y[s.layer]) + m * stride + s.column;
+                    waiting = (Waiting){results[turn], to, stride, there, s.width, 0, l->M * stride * 2 > PAST && (uintptr_t)to % 64 == 0};
+                    turn = !turn;
+                }
+            }
+        }
+    finish(&waiting);
+    _mm_sfence(); /* what went past the caches is there before other threads go on */
+}
+
+/* ---- forward ---- *//* ---- forward ---- */
 
 WITH_TILES static void down(const Layers *l, half *X, half *panels, half *rows)
 {
@@ -89,38 +258,9 @@ WITH_TILES static void down(const Layers *l, half *X, half *panels, half *rows)
         block_rows(l->X, l->M, l->K, m, X + m * l->K);
         for (int64_t c = 0; c < l->R / 32; c++) {
             clear();
-            along(X + m * l->K, panels + c * steps * 2 * TILE, steps, l->M - m > 16);
+            multiply(X + m * l->K, 32, 1024, panels + c * steps * 2 * TILE, steps, l->M - m > 16);
             if (l->M - m <= 16) memset(l->D + m * l->R + 1024 * c + 512, 0, 1024);
             put(l->D + m * l->R + 1024 * c, 32, l->M - m > 16 ? 32 : 16);
-        }
-    }
-}
-
-WITH_TILES static void up(const Layers *l, const half *X, half *panel, half *columns)
-{
-    int64_t blocks = 0, steps = l->K / 32;
-    for (int64_t i = 0; i < l->n; i++) blocks += l->N[i] / 32;
-    const int64_t rows = chunk(l->M, l->K);
-    for (int64_t from = 0; from < l->M; from += rows) {
-#pragma omp for schedule(static) nowait
-        for (int64_t block = 0; block < blocks; block++) {
-            int64_t i = 0, n = block;
-            while (n >= l->N[i] / 32) n -= l->N[i++] / 32;
-            int64_t deep = filled(l->r[i]);
-            pack_rows(l->W[i] + 32 * n * l->K, l->K, panel);
-            for (int64_t k = 0; k < deep; k += 32) {
-                half *tiles = panel + (steps + k / 32) * 2 * TILE;
-                part_of(l->B[i], l->N[i], l->r[i], 32 * n, k, 32, l->s, l->wide, columns);
-                transpose_pairs(columns, 32, tiles);
-                transpose_pairs(columns + 512, 32, tiles + TILE);
-            }
-            for (int64_t m = from; m < l->M && m < from + rows; m += 32) {
-                int64_t there = l->M - m < 32 ? l->M - m : 32;
-                clear();
-                along(X + m * l->K, panel, steps, there > 16);
-                along(l->D + m * l->R + 32 * l->at[i], panel + steps * 2 * TILE, deep / 32, there > 16);
-                put(l->Y[i] + m * l->N[i] + 32 * n, l->N[i], there);
-            }
         }
     }
 }
@@ -128,33 +268,31 @@ WITH_TILES static void up(const Layers *l, const half *X, half *panel, half *col
 WITH_TILES static int forward(const Layers *l)
 {
     int failed = 0;
-    half *panels = room(l->R * l->K), *X = room(filled(l->M) * l->K);
+    half *panels = room(l->R * l->K);
 #pragma omp parallel
     {
-        int64_t deepest = 0;
-        for (int64_t i = 0; i < l->n; i++) deepest = filled(l->r[i]) > deepest ? filled(l->r[i]) : deepest;
-        half *panel = room((l->K + deepest) * 32), *rows = room(32 * l->K + 1024);
-        if (!panels || !X || !panel || !rows) note(&failed);
+        half *panel = room(2 * (cut(l, 0).deep + l->R) * 32), *rows = room(32 * l->K + 1024);
+        if (!panels || !panel || !rows) note(&failed);
 #pragma omp barrier
         if (!failed) {
             shape_tiles();
-            down(l, X, panels, rows);
-            up(l, X, panel, rows);
+            down(l, l->room, panels, rows);
+            products(l, 0, l->room, l->D, panel, rows, sums_in(l, 0));
             _tile_release();
         }
         free(panel);
         free(rows);
     }
     free(panels);
-    free(X);
     return failed;
 }
 
 /* ---- backward ---- */
 
-WITH_TILES static void gradient_of_D(const Layers *l, half *const *G, half *panels, half *U, half *columns)
+WITH_TILES static void gradient_of_D(const Layers *l, half *G, half *panels, half *U, half *columns)
 {
-    for (int64_t i = 0; i < l->n; i++) {
+    const int64_t width = total(l);
+    for (int64_t i = 0, start = 0; i < l->n; start += l->N[i++]) {
         int64_t steps = l->N[i] / 32, parts = filled(l->r[i]) / 32;
 #pragma omp for schedule(static)
         for (int64_t k = 0; k < steps; k++)
@@ -164,40 +302,12 @@ WITH_TILES static void gradient_of_D(const Layers *l, half *const *G, half *pane
             }
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < l->M; m += 32) {
-            block_rows(l->G[i], l->M, l->N[i], m, G[i] + m * l->N[i]);
+            half *rows = G + m * width + 32 * start;
+            block_rows(l->G[i], l->M, l->N[i], m, rows);
             for (int64_t c = 0; c < parts; c++) {
                 clear();
-                along(G[i] + m * l->N[i], panels + c * steps * 2 * TILE, steps, 1);
+                multiply(rows, 32, 1024, panels + c * steps * 2 * TILE, steps, 1);
                 put(U + m * l->R + 32 * l->at[i] + 1024 * c, 32, 32);
-            }
-        }
-    }
-}
-
-WITH_TILES static void gradient_of_X(const Layers *l, half *const *G, const half *U, half *panel, half *columns)
-{
-    int64_t depth = 0;
-    for (int64_t i = 0; i < l->n; i++) depth += l->N[i];
-    const int64_t rows = chunk(l->M, depth);
-    for (int64_t from = 0; from < l->M; from += rows) {
-#pragma omp for schedule(static) nowait
-        for (int64_t n = 0; n < l->K; n += 32) {
-            half *tiles = panel;
-            for (int64_t i = 0; i < l->n; i++)
-                for (int64_t k = 0; k < l->N[i]; k += 32, tiles += 2 * TILE) interleave(l->W[i] + k * l->K + n, l->K, tiles, 32);
-            for (int64_t i = 0; i < l->n; i++)
-                for (int64_t k = 0; k < l->r[i]; k += 32, tiles += 2 * TILE) {
-                    part_of(l->A[i], l->r[i], l->K, k, n, 32, 1.0f, l->wide, columns);
-                    interleave(columns, 32, tiles, 32);
-                }
-            for (int64_t m = from; m < l->M && m < from + rows; m += 32) {
-                int64_t there = l->M - m < 32 ? l->M - m : 32;
-                tiles = panel;
-                clear();
-                for (int64_t i = 0; i < l->n; tiles += l->N[i++] / 32 * 2 * TILE)
-                    along(G[i] + m * l->N[i], tiles, l->N[i] / 32, there > 16);
-                along(U + m * l->R, tiles, l->R / 32, there > 16);
-                put(l->dX + m * l->K + n, l->K, there);
             }
         }
     }
@@ -227,25 +337,25 @@ WITH_TILES static void over_rows(const half *left, int64_t r, int64_t deep, cons
     for (int64_t c = 0; c < r; c += 32) {
         int64_t there = r - c < 32 ? r - c : 32;
         clear();
-        multiply(left + c * deep, deep, 32, panel, deep / 32, there > 16, 0);
+        multiply(left + c * deep, deep, 32, panel, deep / 32, there > 16);
         fetch(block, 32, there > 16);
         for (int64_t i = 0; i < there; i++)
             for (int64_t j = 0; j < 32; j++) set(to, across ? (n + j) * r + c + i : (c + i) * width + n + j, s * block[32 * i + j], wide);
     }
 }
 
-WITH_TILES static void gradients_of_factors(const Layers *l, const half *turned_U, const half *turned_D, half *panel)
+WITH_TILES static void gradients_of_factors(const Layers *l, const half *G, const half *turned_U, const half *turned_D, half *panel)
 {
-    int64_t deep = filled(l->M);
+    const int64_t deep = filled(l->M), width = total(l);
 #pragma omp for schedule(static) nowait
     for (int64_t n = 0; n < l->K; n += 32) {
         for (int64_t m = 0; m < l->M; m += 32) interleave(l->X + m * l->K + n, l->K, panel + m * 32, l->M - m);
         for (int64_t i = 0; i < l->n; i++) over_rows(turned_U + l->at[i] * deep, l->r[i], deep, panel, n, l->K, l->dA[i], 0, 1.0f, l->wide);
     }
-    for (int64_t i = 0; i < l->n; i++) {
+    for (int64_t i = 0, start = 0; i < l->n; start += l->N[i++]) {
 #pragma omp for schedule(static) nowait
         for (int64_t n = 0; n < l->N[i]; n += 32) {
-            for (int64_t m = 0; m < l->M; m += 32) interleave(l->G[i] + m * l->N[i] + n, l->N[i], panel + m * 32, l->M - m);
+            for (int64_t m = 0; m < l->M; m += 32) interleave(G + m * width + 32 * (start + n), 32, panel + m * 32, 32);
             over_rows(turned_D + l->at[i] * deep, l->r[i], deep, panel, n, l->N[i], l->dB[i], 1, l->s, l->wide);
         }
     }
@@ -254,26 +364,21 @@ WITH_TILES static void gradients_of_factors(const Layers *l, const half *turned_
 WITH_TILES static int backward(const Layers *l)
 {
     int failed = 0;
-    int64_t widest = 0, total = 0, deep = filled(l->M);
-    half *G[MOST];
-    for (int64_t i = 0; i < l->n; i++) {
-        widest = filled(l->r[i]) * l->N[i] > widest ? filled(l->r[i]) * l->N[i] : widest;
-        total += l->N[i];
-    }
-    half *panels = room(widest), *U = room(deep * l->R), *turned = room(2 * l->R * deep), *blocked = room(deep * total);
-    for (int64_t i = 0, at = 0; i < l->n; at += deep * l->N[i++]) G[i] = blocked ? blocked + at : 0;
+    int64_t widest = 0, high = filled(l->M), own = 2 * (cut(l, 1).deep + l->R);
+    for (int64_t i = 0; i < l->n; i++) widest = filled(l->r[i]) * l->N[i] > widest ? filled(l->r[i]) * l->N[i] : widest;
+    half *panels = room(widest), *U = room(high * l->R), *turned = room(2 * l->R * high);
 #pragma omp parallel
     {
-        half *panel = room((total + l->R > deep ? total + l->R : deep) * 32), *columns = room(1024);
-        if (!panels || !U || !turned || !blocked || !panel || !columns) note(&failed);
+        half *panel = room((own > high ? own : high) * 32), *columns = room(1024);
+        if (!panels || !U || !turned || !panel || !columns) note(&failed);
 #pragma omp barrier
         if (!failed) {
             shape_tiles();
-            gradient_of_D(l, G, panels, U, columns);
-            if (l->dX) gradient_of_X(l, G, U, panel, columns);
+            gradient_of_D(l, l->room, panels, U, columns);
+            if (l->dX) products(l, 1, l->room, U, panel, columns, sums_in(l, 1));
             turn(l, U, turned);
-            turn(l, l->D, turned + l->R * deep);
-            gradients_of_factors(l, turned, turned + l->R * deep, panel);
+            turn(l, l->D, turned + l->R * high);
+            gradients_of_factors(l, l->room, turned, turned + l->R * high, panel);
             _tile_release();
         }
         free(panel);
@@ -282,16 +387,17 @@ WITH_TILES static int backward(const Layers *l)
     free(panels);
     free(U);
     free(turned);
-    free(blocked);
     return failed;
 }
 
 int tiles_usable(void) { return may_use_tiles(); }
 int lora_forward(const Layers *layers) { return forward(layers); }
 int lora_backward(const Layers *layers) { return backward(layers); }
+int64_t lora_room(const Layers *layers, int back) { return numbers_of_room(layers, back); }
 
 #else
 int tiles_usable(void) { return 0; }
 int lora_forward(const void *layers) { return layers != 0; }
 int lora_backward(const void *layers) { return layers != 0; }
+long long lora_room(const void *layers, int back) { return layers != 0 && back; }
 #endif

@@ -27,8 +27,8 @@ from phinetune.model.kernels import built_for_tiles, operator, plain, undisturbe
 
 _MOST = 8
 """Layers in one call at most (tiles.c)."""
-_ROWS = range(32, 1025)
-"""How many rows x may have: one block of tiles at least; of more than these torch's products are as fast, or faster (measured)."""
+_FEWEST = 32
+"""Rows that x has at least: one block of tiles."""
 
 
 class _Layers(ctypes.Structure):
@@ -41,6 +41,7 @@ class _Layers(ctypes.Structure):
         *((name, ctypes.c_int64 * _MOST) for name in ("N", "r", "at")),
         ("D", ctypes.c_void_p),
         ("dX", ctypes.c_void_p),
+        ("room", ctypes.c_void_p),
         ("s", ctypes.c_float),
         ("wide", ctypes.c_int),
     )
@@ -49,12 +50,15 @@ class _Layers(ctypes.Structure):
 @functools.cache
 def library() -> Any:
     """The built functions, loaded once; None where they were not built, or the processor or the system has no tiles for us."""
-    return built_for_tiles(Path(__file__).with_name("_tiles"), "lora_forward", "lora_backward")
+    found = built_for_tiles(Path(__file__).with_name("_tiles"), "lora_forward", "lora_backward")
+    if found is not None:
+        found.lora_room.argtypes, found.lora_room.restype = (ctypes.c_void_p, ctypes.c_int), ctypes.c_int64
+    return found
 
 
 def usable(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]]) -> bool:
     """True if the functions are there and serve x (..., in) and layers of (W (out, in), bias, A (r, in), B (out, r))."""
-    if x.dtype is not torch.bfloat16 or library() is None or len(layers) > _MOST or _rows(x.shape) not in _ROWS:
+    if x.dtype is not torch.bfloat16 or library() is None or len(layers) > _MOST or _rows(x.shape) < _FEWEST:
         return False
     if not undisturbed() or not plain(x):
         return False
@@ -95,7 +99,7 @@ class TilesFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scaling, *tensors):  # type: ignore[no-untyped-def]
         x = x.contiguous()
-        *results, down = lora_products(x, tensors[::3], tensors[1::3], tensors[2::3], scaling)
+        *results, down, _ = lora_products(x, tensors[::3], tensors[1::3], tensors[2::3], scaling)
         ctx.save_for_backward(x, down, *tensors)
         ctx.scaling = scaling
         return tuple(results)  # no views of other tensors: models may change them in place
@@ -108,35 +112,44 @@ class TilesFunction(torch.autograd.Function):
         g = [grad.contiguous() for grad in grads]
         n, of_x = len(W), ctx.needs_input_grad[0]
         found = lora_products_backward(x, down, g, W, A, B, ctx.scaling, of_x)
-        factors = [t for pair in zip(found[-2 * n : -n], found[-n:], strict=True) for t in (None, *pair)]
+        factors = [
+            t for pair in zip(found[-2 * n - 1 : -n - 1], found[-n - 1 : -1], strict=True) for t in (None, *pair)
+        ]
         return found[0] if of_x else None, None, *factors
 
 
 def _forward_results(x: Tensor, W: list[Tensor], A: list[Tensor], B: list[Tensor], scaling: float) -> list[Tensor]:
     rows, ranks = _filled(_rows(x.shape)), sum(_filled(len(a)) for a in A)
-    return [*(x.new_empty(*x.shape[:-1], len(w)) for w in W), x.new_empty(rows, ranks)]
+    return [*(x.new_empty(*x.shape[:-1], len(w)) for w in W), x.new_empty(rows, ranks), _room(x, W, A, 0)]
 
 
 def _backward_results(
     x: Tensor, down: Tensor, g: list[Tensor], W: Any, A: list[Tensor], B: list[Tensor], scaling: float, of_x: bool
 ) -> list[Tensor]:
-    return [torch.empty_like(t) for t in ([x, *A, *B] if of_x else [*A, *B])]
+    return [*(torch.empty_like(t) for t in ([x, *A, *B] if of_x else [*A, *B])), _room(x, W, A, 1)]
+
+
+def _room(x: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], back: int) -> Tensor:
+    """What tiles.c puts aside meanwhile. It comes with the results so that whoever counts memory sees it."""
+    layers = _Layers(M=_rows(x.shape), K=x.shape[-1], n=len(W), R=sum(_filled(len(a)) for a in A))
+    layers.N[: len(W)] = [len(w) for w in W]
+    return x.new_empty(library().lora_room(ctypes.addressof(layers), back))
 
 
 @operator("lora_products(Tensor x, Tensor[] W, Tensor[] A, Tensor[] B, float scaling) -> Tensor[]", _forward_results)
 def lora_products(
     x: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float
 ) -> list[Tensor]:
-    """x (..., in), contiguous -> y_i (..., out_i) = x W_iᵀ + s (x A_iᵀ) B_iᵀ of each layer, and what the way back needs.
+    """x (..., in), contiguous -> y_i (..., out_i) = x W_iᵀ + s (x A_iᵀ) B_iᵀ of each layer, what the way back needs, and the room used.
 
-    That is x Aᵀ of all layers, rows and ranks filled up to multiples of 32, in the order of tiles.c.
+    The way back needs x Aᵀ of all layers, rows and ranks filled up to multiples of 32, in the order of tiles.c.
     """
-    *Y, down = _forward_results(x, list(W), list(A), list(B), scaling)
-    layers = _layers(x, down, W, A, B, scaling)
+    *Y, down, room = _forward_results(x, list(W), list(A), list(B), scaling)
+    layers = _layers(x, down, room, W, A, B, scaling)
     for i, y in enumerate(Y):
         layers.Y[i] = y.data_ptr()
     _run(library().lora_forward, layers)
-    return [*Y, down]
+    return [*Y, down, room]
 
 
 @operator(
@@ -146,12 +159,12 @@ def lora_products(
 def lora_products_backward(
     x: Tensor, down: Tensor, g: Sequence[Tensor], W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float, of_x: bool
 ) -> list[Tensor]:  # fmt: skip
-    """dL/dx (..., in), if `of_x`, then dL/dA_i of each layer, then dL/dB_i, for g_i = dL/dy_i (..., out_i), contiguous."""
+    """dL/dx (..., in), if `of_x`, then dL/dA_i of each layer, then dL/dB_i, then the room used, for g_i = dL/dy_i (..., out_i), contiguous."""
     found = _backward_results(x, down, list(g), W, list(A), list(B), scaling, of_x)
-    layers, n = _layers(x, down, W, A, B, scaling), len(W)
+    layers, n = _layers(x, down, found[-1], W, A, B, scaling), len(W)
     layers.dX = found[0].data_ptr() if of_x else None
     for i in range(n):
-        layers.G[i], layers.dA[i], layers.dB[i] = (t.data_ptr() for t in (g[i], found[i - 2 * n], found[i - n]))
+        layers.G[i], layers.dA[i], layers.dB[i] = (t.data_ptr() for t in (g[i], found[i - 2 * n - 1], found[i - n - 1]))
     _run(library().lora_backward, layers)
     return found
 
@@ -173,10 +186,11 @@ def _backward_flops(
 
 
 def _layers(
-    x: Tensor, down: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float
-) -> _Layers:
+    x: Tensor, down: Tensor, room: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float
+) -> _Layers:  # fmt: skip
     M, K, at = _rows(x.shape), x.shape[-1], 0
     layers = _Layers(M=M, K=K, n=len(W), R=down.shape[1], X=x.data_ptr(), D=down.data_ptr(), s=scaling)
+    layers.room = room.data_ptr()
     layers.wide = A[0].dtype is torch.float32
     for i, (w, a, b) in enumerate(zip(W, A, B, strict=True)):
         layers.W[i], layers.A[i], layers.B[i] = w.data_ptr(), a.data_ptr(), b.data_ptr()

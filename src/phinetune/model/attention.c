@@ -204,7 +204,7 @@ WITH_TILES static void score(const half *left, const half *across, int64_t D, in
 {
     for (int64_t n = 0; n < width; n += 32) {
         clear();
-        multiply(left, D, 32, across + n * D, D / 32, lower, 0);
+        multiply(left, D, 32, across + n * D, D / 32, lower);
         fetch(scores + n, stride, lower);
     }
 }
@@ -214,7 +214,7 @@ WITH_TILES static void combine(const half *left, int64_t stride, int64_t width, 
 {
     for (int64_t d = 0; d < D; d += 32) {
         clear();
-        multiply(left, stride, 32, along + d * keys, width / 32, lower, 0);
+        multiply(left, stride, 32, along + d * keys, width / 32, lower);
         fetch(to + d, D, lower);
     }
 }
@@ -337,7 +337,7 @@ WITH_TILES static void add_over_queries(const half *turned, const half *wide, co
             _tile_loadd(1, to + 16, keys * 4);
             _tile_loadd(2, to + 16 * keys, keys * 4);
             _tile_loadd(3, to + 16 * keys + 16, keys * 4);
-            multiply(turned + (d / 32 * BLOCKS + from) * 2 * TILE, 32, 2 * TILE, wide + (n / 32 * BLOCKS + from) * 2 * TILE, blocks - from, 1, 0);
+            multiply(turned + (d / 32 * BLOCKS + from) * 2 * TILE, 32, 2 * TILE, wide + (n / 32 * BLOCKS + from) * 2 * TILE, blocks - from, 1);
             fetch(to, keys, 1);
         }
     }

@@ -51,22 +51,20 @@ WITH_TILES static inline void clear(void)
     _tile_zero(3);
 }
 
-/* The cache lines of 32 rows, for the step after this one. */
-WITH_TILES static inline void fetch_ahead(const half *from, int64_t stride)
+/* The cache lines of 32 rows of 32 numbers, into the second cache, for later. */
+WITH_TILES static inline void fetch_soon(const half *from, int64_t stride)
 {
 #pragma GCC unroll 32
-    for (int i = 0; i < 32; i++) _mm_prefetch((const char *)(from + i * stride), _MM_HINT_T0);
+    for (int i = 0; i < 32; i++) _mm_prefetch((const char *)(from + i * stride), _MM_HINT_T1);
 }
 
 /* Adds 32 rows times a panel (32 columns, two tiles a step), 32 `steps` deep, to tiles 0 to 3; without `lower` the upper 16 rows. The left operand
- * moves on by `advance` numbers a step. `far`: how many of the two operands, the left one first, come from the second cache. */
-WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t advance, const half *panel, int64_t steps, int lower, const int far)
+ * moves on by `advance` numbers a step. */
+WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t advance, const half *panel, int64_t steps, int lower)
 {
     __asm__ volatile("" : : : "memory"); /* what was packed is there before tiles load it, of which gcc's functions do not tell it */
     if (lower)
         for (int64_t k = 0; k < steps; k++, left += advance, panel += 2 * TILE) {
-            if (far > 0) fetch_ahead(left + advance, stride);
-            if (far > 1) fetch_ahead(panel + 2 * TILE, 32);
             _tile_loadd(4, left, stride * 2);
             _tile_loadd(6, panel, 64);
             _tile_loadd(7, panel + TILE, 64);
@@ -84,6 +82,27 @@ WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
         }
+}
+
+/* Tiles 0 to 3 -> memory as they are, and back. */
+WITH_TILES static inline void keep(float *to, int lower)
+{
+    _tile_stored(0, to, 64);
+    _tile_stored(1, to + 256, 64);
+    if (lower) {
+        _tile_stored(2, to + 512, 64);
+        _tile_stored(3, to + 768, 64);
+    }
+}
+
+WITH_TILES static inline void resume(const float *from, int lower)
+{
+    _tile_loadd(0, from, 64);
+    _tile_loadd(1, from + 256, 64);
+    if (lower) {
+        _tile_loadd(2, from + 512, 64);
+        _tile_loadd(3, from + 768, 64);
+    }
 }
 
 /* Tiles 0 to 3 -> 32 rows of 32 numbers, `stride` numbers apart; without `lower` the upper 16 rows. */
@@ -129,33 +148,24 @@ static inline half rounded(float value)
     return (half)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-/* 16 rows of 16 pairs -> 16 rows of pairs the other way round (a transpose of 32-bit numbers). */
+/* 16 rows of 16 pairs -> 16 rows of pairs the other way round (a transpose of 32-bit numbers). Quarters of rows are put side by side as they are
+ * loaded, which leaves half of the shuffles, of which a processor has one a cycle. */
 WITH_TILES static inline void transpose_pairs(const half *from, int64_t stride, half *to)
 {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+#define QUARTER(i) _mm_loadu_si128((const __m128i *)(from + (i) * stride + 8 * q))
+#define FOUR_ROWS(i) _mm512_mask_broadcast_i32x4(_mm512_mask_broadcast_i32x4(_mm512_mask_broadcast_i32x4(_mm512_castsi128_si512(QUARTER(i)), 0x00f0, QUARTER(i + 4)), 0x0f00, QUARTER(i + 8)), 0xf000, QUARTER(i + 12))
+#pragma GCC unroll 4
+    for (int64_t q = 0; q < 4; q++, to += 128) {
+        __m512i a = FOUR_ROWS(0), b = FOUR_ROWS(1), c = FOUR_ROWS(2), d = FOUR_ROWS(3);
+        __m512i first = _mm512_unpacklo_epi32(a, b), second = _mm512_unpackhi_epi32(a, b);
+        __m512i third = _mm512_unpacklo_epi32(c, d), fourth = _mm512_unpackhi_epi32(c, d);
+        _mm512_storeu_si512(to, _mm512_unpacklo_epi64(first, third));
+        _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi64(first, third));
+        _mm512_storeu_si512(to + 64, _mm512_unpacklo_epi64(second, fourth));
+        _mm512_storeu_si512(to + 96, _mm512_unpackhi_epi64(second, fourth));
     }
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        _mm512_storeu_si512(to + 32 * i, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-        _mm512_storeu_si512(to + 32 * (i + 8), _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-        _mm512_storeu_si512(to + 32 * (i + 4), _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
-        _mm512_storeu_si512(to + 32 * (i + 12), _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
-    }
+#undef FOUR_ROWS
+#undef QUARTER
 }
 
 /* 32 rows of 32 numbers, of which `rows` are there -> two tiles of pairs of rows; the others count as zero. */
