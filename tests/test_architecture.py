@@ -16,7 +16,7 @@ import phinetune
 
 SOURCE = Path(phinetune.__file__).parent
 LAYERS = (
-    "errors", "events", "config", "artifact", "quiet", "libraries", "data", "model", "lora", "training", "generation", "evaluation", "exporting", "serving", "systems",
+    "errors", "events", "config", "artifact", "quiet", "libraries", "garbage", "data", "model", "lora", "training", "generation", "evaluation", "exporting", "serving", "systems",
     "workflow", "olive", "cli",
 )  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -331,3 +331,19 @@ def test_missing_field_and_missing_model(llama_folder: Path, tone_data: dict[str
     with pytest.raises(ConfigError, match="output_dir: this key is needed"):
         finetune(str(llama_folder), tone_data, FAST)
     assert list(tmp_path.iterdir()) == [Path(tone_data["path"])]
+
+
+def test_operations_are_counted_as_the_trainer_counts_them() -> None:
+    from types import SimpleNamespace
+
+    import torch
+    from transformers import Trainer
+
+    from phinetune.training.trainer import AdapterTrainer
+    from zoo import zoo_model
+
+    run: Any = SimpleNamespace(model=zoo_model("llama"), _parameters=None)
+    for shape in ((2, 7), (1, 40)):
+        inputs: dict[str, Any] = {"input_ids": torch.zeros(shape, dtype=torch.long)}
+        assert AdapterTrainer.floating_point_ops(run, inputs) == Trainer.floating_point_ops(run, inputs) > 0
+    assert AdapterTrainer.floating_point_ops(run, {}) == Trainer.floating_point_ops(run, {}) == 0

@@ -186,58 +186,112 @@ static int64_t numbers_of_room(const Layers *l, int back)
     return filled(l->M) * cuts.depth + (cuts.deep < cuts.depth ? 2 * cuts.strips * cuts.rows * 64 : 0);
 }
 
-static float *sums_in(const Layers *l, int back) { return (float *)(l->room + filled(l->M) * cut(l, back).depth); }
-
-/* left: X, or all G side by side; slim: D, or U; all blocked. sums: for results whose depth is cut. The strips' blocks of 32 rows, one strip
- * after another, are shared out among the threads in one run each. */
-WITH_TILES static void products(const Layers *l, int back, const half *left, const half *slim, half *panels, half *columns, float *sums)
+/* Takes some of the cells up to `end`, from `*next` on, of strips of `blocks` each -> how many, the first one in *at. Whole strips, as each is
+ * packed by everybody who takes part of it; fewer and fewer, so that no thread waits long for one that its processor has slowed down. */
+static int64_t take(int64_t *next, int64_t end, int64_t blocks, int64_t all, int64_t *at)
 {
-    const Cut cuts = cut(l, back);
-    const int64_t apart = (cuts.deep + l->R) * 32;
+    const int64_t threads = omp_get_num_threads();
+    int64_t least = all / (4 * threads), count;
+    least = least > blocks ? blocks : least < 1 ? 1 : least;
+    *at = __atomic_load_n(next, __ATOMIC_RELAXED);
+    do {
+        const int64_t left = end - *at, fair = left / (2 * threads);
+        if (left <= 0) return 0;
+        count = fair >= blocks ? fair / blocks * blocks : left > threads * least ? least : (least + 1) / 2;
+        if (count > left) count = left;
+    } while (!__atomic_compare_exchange_n(next, at, *at + count, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return count;
+}
+
+/* One product, and the part of it that is under way: rows from `from` on, depths from k on. A cell is 32 rows of a strip. */
+typedef struct {
+    const Layers *l;
+    const half *left, *slim; /* X, or all G side by side; D, or U; blocked */
+    float *sums;             /* of results whose depth is cut */
+    Cut cuts;
+    int64_t from, k, steps, blocks;
+    int back, last;
+} Part;
+
+/* What a thread has for itself. */
+typedef struct {
     float results[2][2048] __attribute__((aligned(64)));
-    Waiting waiting = {0};
-    int turn = 0;
-    for (int64_t from = 0; from < l->M; from += cuts.rows)
-        for (int64_t k = 0; k < cuts.depth; k += cuts.deep) {
-            const int64_t steps = (cuts.depth - k < cuts.deep ? cuts.depth - k : cuts.deep) / 32, last = k + cuts.deep >= cuts.depth;
-            const int64_t blocks = filled(l->M - from < cuts.rows ? l->M - from : cuts.rows) / 32;
-            int64_t cell = cuts.strips * blocks * omp_get_thread_num() / omp_get_num_threads();
-            const int64_t stop = cuts.strips * blocks * (omp_get_thread_num() + 1) / omp_get_num_threads();
-            while (cell < stop) {
-                const int64_t at = cell / blocks;
-                const Strip s = strip(l, back, at), next = strip(l, back, at + 1 < cuts.strips ? at + 1 : at);
-                const int64_t more = last ? (back ? l->R : filled(l->r[s.layer])) / 32 : 0;
-                for (int64_t c = 0; c < s.width; c += 32) {
-                    pack(l, back, s, c, k, steps, panels + c / 32 * apart);
-                    if (last) pack_factors(l, back, s, c, panels + c / 32 * apart + steps * 2 * TILE, columns);
-                }
-                for (int64_t b = cell % blocks; b < blocks && cell < stop; b++, cell++) {
-                    const int64_t m = from + 32 * b, there = l->M - m < 32 ? l->M - m : 32;
-                    if (cell - b + blocks < stop)
-                        for (int64_t j = steps * b / blocks; j < steps * (b + 1) / blocks; j++)
-                            for (int64_t c = 0; c < next.width; c += 32) fetch_soon(square(l, back, next, c, k + 32 * j), l->K);
-                    for (int64_t c = 0; c < s.width; c += 32) {
-                        const half *panel = panels + c / 32 * apart;
-                        float *kept = sums + cell * 2048 + 32 * c;
-                        if (k) resume(kept, there > 16);
-                        else clear();
-                        along(left + m * cuts.depth + 32 * k, panel, steps, there > 16, &waiting);
-                        if (!last) keep(kept, there > 16);
-                        else {
-                            along(slim + m * l->R + 32 * (back ? 0 : l->at[s.layer]), panel + steps * 2 * TILE, more, there > 16, &waiting);
-                            fetch(results[turn] + 32 * c, 32, there > 16);
-                        }
-                    }
-                    if (!last) continue;
-                    finish(&waiting);
-                    const int64_t stride = back ? l->K : l->N[s.layer];
-                    half *to = (back ? l->dX : l->Y[s.layer]) + m * stride + s.column;
-                    waiting = (Waiting){results[turn], to, stride, there, s.width, 0, l->M * stride * 2 > PAST && (uintptr_t)to % 64 == 0};
-                    turn = !turn;
-                }
+    Waiting waiting;
+    half *panels, *columns;
+    int turn;
+} Own;
+
+WITH_TILES static void fetch_share(const Part *p, Strip s, int64_t b) /* of the next strip's weights, while block b is multiplied */
+{
+    for (int64_t j = p->steps * b / p->blocks; j < p->steps * (b + 1) / p->blocks; j++)
+        for (int64_t c = 0; c < s.width; c += 32) fetch_soon(square(p->l, p->back, s, c, p->k + 32 * j), p->l->K);
+}
+
+WITH_TILES static void multiply_cell(const Part *p, Own *own, Strip s, int64_t cell)
+{
+    const Layers *l = p->l;
+    const int64_t m = p->from + 32 * (cell % p->blocks), there = l->M - m < 32 ? l->M - m : 32;
+    const int64_t more = (p->back ? l->R : filled(l->r[s.layer])) / 32, first = p->back ? 0 : l->at[s.layer];
+    for (int64_t c = 0; c < s.width; c += 32) {
+        const half *panel = own->panels + c * (p->cuts.deep + l->R);
+        float *kept = p->sums + cell * 2048 + 32 * c;
+        if (p->k) resume(kept, there > 16);
+        else clear();
+        along(p->left + m * p->cuts.depth + 32 * p->k, panel, p->steps, there > 16, &own->waiting);
+        if (!p->last) {
+            keep(kept, there > 16);
+            continue;
+        }
+        along(p->slim + m * l->R + 32 * first, panel + p->steps * 2 * TILE, more, there > 16, &own->waiting);
+        fetch(own->results[own->turn] + 32 * c, 32, there > 16);
+    }
+    if (!p->last) return;
+    finish(&own->waiting);
+    const int64_t stride = p->back ? l->K : l->N[s.layer];
+    half *to = (p->back ? l->dX : l->Y[s.layer]) + m * stride + s.column;
+    own->waiting = (Waiting){own->results[own->turn], to, stride, there, s.width, 0, l->M * stride * 2 > PAST && (uintptr_t)to % 64 == 0};
+    own->turn = !own->turn;
+}
+
+WITH_TILES static void multiply_cells(const Part *p, Own *own, int64_t cell, int64_t count)
+{
+    const int64_t stop = cell + count;
+    while (cell < stop) {
+        const int64_t at = cell / p->blocks, end = (at + 1) * p->blocks < stop ? (at + 1) * p->blocks : stop;
+        const Strip s = strip(p->l, p->back, at);
+        for (int64_t c = 0; c < s.width; c += 32) {
+            half *panel = own->panels + c * (p->cuts.deep + p->l->R);
+            pack(p->l, p->back, s, c, p->k, p->steps, panel);
+            if (p->last) pack_factors(p->l, p->back, s, c, panel + p->steps * 2 * TILE, own->columns);
+        }
+        for (; cell < end; cell++) {
+            if (end < stop) fetch_share(p, strip(p->l, p->back, at + 1), cell % p->blocks);
+            multiply_cell(p, own, s, cell);
+        }
+    }
+}
+
+/* next: 0, the threads' common one. */
+WITH_TILES static void products(const Layers *l, int back, const half *left, const half *slim, half *panels, half *columns, int64_t *next)
+{
+    Own own = {.panels = panels, .columns = columns};
+    Part p = {.l = l, .left = left, .slim = slim, .back = back, .cuts = cut(l, back)};
+    p.sums = (float *)(l->room + filled(l->M) * p.cuts.depth);
+    int64_t begun = 0;
+    for (p.from = 0; p.from < l->M; p.from += p.cuts.rows)
+        for (p.k = 0; p.k < p.cuts.depth; p.k += p.cuts.deep) {
+            p.steps = (p.cuts.depth - p.k < p.cuts.deep ? p.cuts.depth - p.k : p.cuts.deep) / 32;
+            p.last = p.k + p.cuts.deep >= p.cuts.depth;
+            p.blocks = filled(l->M - p.from < p.cuts.rows ? l->M - p.from : p.cuts.rows) / 32;
+            const int64_t all = p.cuts.strips * p.blocks;
+            int64_t cell, count;
+            while ((count = take(next, begun + all, p.blocks, all, &cell)) > 0) multiply_cells(&p, &own, cell - begun, count);
+            begun += all;
+            if (p.cuts.deep < p.cuts.depth) {
+#pragma omp barrier
             }
         }
-    finish(&waiting);
+    finish(&own.waiting);
     _mm_sfence(); /* what went past the caches is there before other threads go on */
 }
 
@@ -253,7 +307,7 @@ WITH_TILES static void down(const Layers *l, half *X, half *panels, half *rows)
         part_of(l->A[i], l->r[i], l->K, 32 * c - l->at[i], 0, l->K, 1.0f, l->wide, rows);
         pack_rows(rows, l->K, panels + c * steps * 2 * TILE);
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t m = 0; m < l->M; m += 32) {
         block_rows(l->X, l->M, l->K, m, X + m * l->K);
         for (int64_t c = 0; c < l->R / 32; c++) {
@@ -268,6 +322,7 @@ WITH_TILES static void down(const Layers *l, half *X, half *panels, half *rows)
 WITH_TILES static int forward(const Layers *l)
 {
     int failed = 0;
+    int64_t next = 0;
     half *panels = room(l->R * l->K);
 #pragma omp parallel
     {
@@ -277,7 +332,7 @@ WITH_TILES static int forward(const Layers *l)
         if (!failed) {
             shape_tiles();
             down(l, l->room, panels, rows);
-            products(l, 0, l->room, l->D, panel, rows, sums_in(l, 0));
+            products(l, 0, l->room, l->D, panel, rows, &next);
             _tile_release();
         }
         free(panel);
@@ -300,7 +355,7 @@ WITH_TILES static void gradient_of_D(const Layers *l, half *G, half *panels, hal
                 part_of(l->B[i], l->N[i], l->r[i], 32 * k, 32 * c, 32, l->s, l->wide, columns);
                 interleave(columns, 32, panels + (c * steps + k) * 2 * TILE, 32);
             }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t m = 0; m < l->M; m += 32) {
             half *rows = G + m * width + 32 * start;
             block_rows(l->G[i], l->M, l->N[i], m, rows);
@@ -347,13 +402,13 @@ WITH_TILES static void over_rows(const half *left, int64_t r, int64_t deep, cons
 WITH_TILES static void gradients_of_factors(const Layers *l, const half *G, const half *turned_U, const half *turned_D, half *panel)
 {
     const int64_t deep = filled(l->M), width = total(l);
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic) nowait
     for (int64_t n = 0; n < l->K; n += 32) {
         for (int64_t m = 0; m < l->M; m += 32) interleave(l->X + m * l->K + n, l->K, panel + m * 32, l->M - m);
         for (int64_t i = 0; i < l->n; i++) over_rows(turned_U + l->at[i] * deep, l->r[i], deep, panel, n, l->K, l->dA[i], 0, 1.0f, l->wide);
     }
     for (int64_t i = 0, start = 0; i < l->n; start += l->N[i++]) {
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic) nowait
         for (int64_t n = 0; n < l->N[i]; n += 32) {
             for (int64_t m = 0; m < l->M; m += 32) interleave(G + m * width + 32 * (start + n), 32, panel + m * 32, 32);
             over_rows(turned_D + l->at[i] * deep, l->r[i], deep, panel, n, l->N[i], l->dB[i], 1, l->s, l->wide);
@@ -364,7 +419,7 @@ WITH_TILES static void gradients_of_factors(const Layers *l, const half *G, cons
 WITH_TILES static int backward(const Layers *l)
 {
     int failed = 0;
-    int64_t widest = 0, high = filled(l->M), own = 2 * (cut(l, 1).deep + l->R);
+    int64_t next = 0, widest = 0, high = filled(l->M), own = 2 * (cut(l, 1).deep + l->R);
     for (int64_t i = 0; i < l->n; i++) widest = filled(l->r[i]) * l->N[i] > widest ? filled(l->r[i]) * l->N[i] : widest;
     half *panels = room(widest), *U = room(high * l->R), *turned = room(2 * l->R * high);
 #pragma omp parallel
@@ -375,7 +430,7 @@ WITH_TILES static int backward(const Layers *l)
         if (!failed) {
             shape_tiles();
             gradient_of_D(l, l->room, panels, U, columns);
-            if (l->dX) products(l, 1, l->room, U, panel, columns, sums_in(l, 1));
+            if (l->dX) products(l, 1, l->room, U, panel, columns, &next);
             turn(l, U, turned);
             turn(l, l->D, turned + l->R * high);
             gradients_of_factors(l, l->room, turned, turned + l->R * high, panel);

@@ -39,8 +39,8 @@ class FastPaths:
     norm: bool = True
     """Root-mean-square normalization in one function."""
     kernels: bool = True
-    """On a CPU: what stands between the products (normalization, the gated activation, positions, rows and softmax of attention) by compiled
-    functions, where they were built."""
+    """On a CPU: what stands between the products (normalization, residual sums, the gated activation, positions, rows and softmax of attention)
+    by compiled functions, where they were built."""
     linear: bool = True
     """Each LoRA layer in one autograd function."""
     grouped: bool = True
@@ -215,11 +215,11 @@ def _exchange_norms(model: Any, built: bool) -> None:
 
 
 def _exchange_forwards(model: Any, by_tiles: bool, on_event: OnEvent) -> None:
-    """Give attentions and MLPs the forwards of `rotary` and `gated` where these compute what their own do on the model's own numbers.
+    """Give attentions, MLPs and decoder layers the forwards of `rotary`, `gated` and `residual` where these compute what their own do on the model's own numbers.
 
     The modules stay, with all they hold; what they compute is looked at once, layer by layer. Without numbers nothing is tried.
     """
-    from phinetune.model import gated, rotary
+    from phinetune.model import gated, residual, rotary
 
     blocks = uses_blocks(model)
     kinds: list[tuple[Any, list[Any]]] = [
@@ -228,6 +228,7 @@ def _exchange_forwards(model: Any, by_tiles: bool, on_event: OnEvent) -> None:
             [m for m in model.modules() if blocks and rotary.could_be_rotary(m)],
         ),
         (gated.forward, [m for m in model.modules() if gated.could_be_gated(m)]),
+        (residual.forward, [m for m in model.modules() if residual.could_be_decoder(m)]),
     ]
     forwards = {id(module): functools.partial(forward, module) for forward, found in kinds for module in found}
     found = [module for _, modules in kinds for module in modules if "forward" not in vars(module)]
@@ -245,11 +246,17 @@ def _exchange_forwards(model: Any, by_tiles: bool, on_event: OnEvent) -> None:
 def _same_forwards(model: Any, modules: list[Any], forwards: dict[int, Any]) -> set[int]:
     """The ids of those `modules` whose own output, for the inputs that they get in the model, is that of `forwards` as well."""
     differences: dict[int, float] = {}
+    inside: list[Any] = []
 
     def compare(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if inside:  # a layer is tried, and calls its parts
+            return
+        inside.append(module)
         made = forwards[id(module)](*args, **kwargs)
+        inside.clear()
+        alike = type(made) is type(output)
         expected, made = (x[0] if isinstance(x, tuple) else x for x in (output, made))
-        error = float((made - expected).float().abs().max()) if made.shape == expected.shape else math.inf
+        error = float((made - expected).float().abs().max()) if alike and made.shape == expected.shape else math.inf
         share = error / max(float(expected.float().abs().max()), 1e-30)
         differences[id(module)] = max(share, differences.get(id(module), 0.0))
 

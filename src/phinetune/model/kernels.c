@@ -70,48 +70,61 @@ static inline void exponentials(float *x, int64_t n)
     }
 }
 
-/* ---- root-mean-square normalization: y = round(x / rms) w ---- */
+/* ---- root-mean-square normalization: y = round(x / rms) w, of a sum x = a + b if there is a b ---- */
 
 FOR_EVERY_PROCESSOR
-static void norm_row(const void *x, const float *weight, void *y, float *inverse, int64_t row, int64_t h, float eps, int wide)
+static void norm_row(const void *a, const void *b, const void *weight, void *sum, void *y, float *inverse, int64_t row, int64_t h, float eps, int wide)
 {
-    float v[WIDEST], sum = 0.0f;
-    load(v, x, row * h, h, wide);
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < h; i++) sum += v[i] * v[i];
-    float scale = 1.0f / sqrtf(sum / (float)h + eps);
+    float v[WIDEST], w[WIDEST], squares = 0.0f;
+    load(v, a, row * h, h, wide);
+    if (b) {
+        load(w, b, row * h, h, wide);
+        for (int64_t i = 0; i < h; i++) v[i] += w[i];
+        as_stored(v, h, wide);
+        store(sum, row * h, v, h, wide);
+    }
+    load(w, weight, 0, h, wide);
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < h; i++) squares += v[i] * v[i];
+    float scale = 1.0f / sqrtf(squares / (float)h + eps);
     for (int64_t i = 0; i < h; i++) v[i] *= scale;
     as_stored(v, h, wide);
-    for (int64_t i = 0; i < h; i++) v[i] *= weight[i];
+    for (int64_t i = 0; i < h; i++) v[i] *= w[i];
     store(y, row * h, v, h, wide);
     inverse[row] = scale;
 }
 
-void rms_norm(const void *x, const float *weight, void *y, float *inverse, int64_t rows, int64_t h, float eps, int wide)
+void rms_norm(const void *a, const void *b, const void *weight, void *sum, void *y, float *inverse, int64_t rows, int64_t h, float eps, int wide)
 {
 #pragma omp parallel for schedule(static) if (rows * h > GRAIN)
-    for (int64_t row = 0; row < rows; row++) norm_row(x, weight, y, inverse, row, h, eps, wide);
+    for (int64_t row = 0; row < rows; row++) norm_row(a, b, weight, sum, y, inverse, row, h, eps, wide);
 }
 
+/* `also`, if it is there: a gradient that x gets from elsewhere. */
 FOR_EVERY_PROCESSOR
-static void norm_row_backward(const void *grad, const void *x, const float *weight, const float *inverse, void *dx, int64_t row, int64_t h, int wide)
+static void norm_row_backward(const void *grad, const void *x, const void *weight, const float *inverse, const void *also, void *dx, int64_t row, int64_t h, int wide)
 {
-    float g[WIDEST], v[WIDEST], along = 0.0f, scale = inverse[row];
+    float g[WIDEST], v[WIDEST], w[WIDEST], along = 0.0f, scale = inverse[row];
     load(g, grad, row * h, h, wide);
     load(v, x, row * h, h, wide);
-    for (int64_t i = 0; i < h; i++) g[i] *= weight[i];
+    load(w, weight, 0, h, wide);
+    for (int64_t i = 0; i < h; i++) g[i] *= w[i];
     for (int64_t i = 0; i < h; i++) v[i] *= scale;
 #pragma omp simd reduction(+ : along)
     for (int64_t i = 0; i < h; i++) along += g[i] * v[i];
     along /= (float)h;
     for (int64_t i = 0; i < h; i++) g[i] = (g[i] - v[i] * along) * scale;
+    if (also) {
+        load(v, also, row * h, h, wide);
+        for (int64_t i = 0; i < h; i++) g[i] += v[i];
+    }
     store(dx, row * h, g, h, wide);
 }
 
-void rms_norm_backward(const void *grad, const void *x, const float *weight, const float *inverse, void *dx, int64_t rows, int64_t h, int wide)
+void rms_norm_backward(const void *grad, const void *x, const void *weight, const float *inverse, const void *also, void *dx, int64_t rows, int64_t h, int wide)
 {
 #pragma omp parallel for schedule(static) if (rows * h > GRAIN)
-    for (int64_t row = 0; row < rows; row++) norm_row_backward(grad, x, weight, inverse, dx, row, h, wide);
+    for (int64_t row = 0; row < rows; row++) norm_row_backward(grad, x, weight, inverse, also, dx, row, h, wide);
 }
 
 /* ---- gated activation: y = round(silu(gate)) up ---- */

@@ -22,8 +22,8 @@ from torch import Tensor
 
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
-    "rms_norm": (_P, _P, _P, _P, _N, _N, _F, _I),
-    "rms_norm_backward": (_P, _P, _P, _P, _P, _N, _N, _I),
+    "rms_norm": (_P, _P, _P, _P, _P, _P, _N, _N, _F, _I),
+    "rms_norm_backward": (_P, _P, _P, _P, _P, _P, _N, _N, _I),
     "silu_gate": (_P, _N, _P, _N, _P, _N, _N, _I),
     "silu_gate_backward": (_P, _P, _N, _P, _N, _P, _P, _N, _N, _N, _I),
     "gather_heads": (_P, _N, _P, _P, _N, _P, _P, _N, _N, _N, _N, _F, _I),
@@ -137,24 +137,37 @@ def _norm_results(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
     return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
+def _sum_results(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *_norm_results(x, weight, eps)
+
+
 @operator("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _norm_results)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x (N, h), contiguous, weight (h) float32 -> (y (N, h), 1 / rms (N) float32). The reference is `norm.rms_norm_reference`."""
+    """x (N, h), contiguous, weight (h) -> (y (N, h), 1 / rms (N) float32). The reference is `norm.rms_norm_reference`."""
     y, inverse = _norm_results(x, weight, eps)
-    pointers = x.data_ptr(), weight.data_ptr(), y.data_ptr(), inverse.data_ptr()
+    pointers = x.data_ptr(), None, weight.data_ptr(), None, y.data_ptr(), inverse.data_ptr()
     library().rms_norm(*pointers, *x.shape, eps, _wide(x))
     return y, inverse
 
 
+@operator("add_rms_norm(Tensor x, Tensor added, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)", _sum_results)
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x and added (N, h), contiguous, weight (h) -> (x + added, then what `rms_norm` gives for it), in one pass."""
+    total, y, inverse = _sum_results(x, added, weight, eps)
+    pointers = x.data_ptr(), added.data_ptr(), weight.data_ptr(), total.data_ptr(), y.data_ptr(), inverse.data_ptr()
+    library().rms_norm(*pointers, *x.shape, eps, _wide(x))
+    return total, y, inverse
+
+
 @operator(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse) -> Tensor",
-    lambda g, x, w, i: torch.empty_like(x),
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse, Tensor? also) -> Tensor",
+    lambda g, x, w, i, a: torch.empty_like(x),
 )
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """dL/dx (N, h) for grad = dL/dy (N, h), contiguous, and what `rms_norm` took and gave."""
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, also: Tensor | None) -> Tensor:
+    """dL/dx (N, h) for grad = dL/dy (N, h), contiguous, and what `rms_norm` took and gave; plus `also` (N, h), contiguous, if there is one."""
     dx = torch.empty_like(x)
-    pointers = grad.data_ptr(), x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), dx.data_ptr()
-    library().rms_norm_backward(*pointers, *x.shape, _wide(x))
+    pointers = grad.data_ptr(), x.data_ptr(), weight.data_ptr(), inverse.data_ptr()
+    library().rms_norm_backward(*pointers, None if also is None else also.data_ptr(), dx.data_ptr(), *x.shape, _wide(x))
     return dx
 
 

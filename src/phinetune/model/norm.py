@@ -37,7 +37,7 @@ class RmsNormFunction(torch.autograd.Function):
         flat, width = x.reshape(-1, x.shape[-1]), torch.promote_types(x.dtype, torch.float32)
         ctx.built = built and kernels.usable(x, weight)
         if ctx.built and flat.is_contiguous() and flat.shape[1] <= kernels.WIDEST:
-            y, inverse = kernels.rms_norm(flat, weight.float(), eps)
+            y, inverse = kernels.rms_norm(flat, weight, eps)
             ctx.save_for_backward(flat, weight, inverse.unsqueeze(1))
             return y.view(x.shape)
         y, inverse = torch.empty_like(flat), flat.new_empty(len(flat), 1, dtype=width)
@@ -56,7 +56,7 @@ class RmsNormFunction(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         if ctx.built and not ctx.needs_input_grad[1] and kernels.usable(flat, x) and flat.shape[1] <= kernels.WIDEST:
             return (
-                kernels.rms_norm_backward(flat.contiguous(), x, weight.float(), inverse).view(grad.shape),
+                kernels.rms_norm_backward(flat.contiguous(), x, weight, inverse, None).view(grad.shape),
                 None,
                 None,
                 None,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from phinetune.errors import ConfigError, TrainingError
 from phinetune.events import Note, OnEvent, log_event
+from phinetune.garbage import old_objects_left_alone
 from phinetune.model.fast import FastPaths
 from phinetune.training.trainer import AdapterTrainer, EventCallback, is_whole, last_checkpoint
 
@@ -74,7 +75,8 @@ def fit(
         on_event(Note(f"training: going on from {checkpoint.name}"))
     start = time.perf_counter()
     try:
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with old_objects_left_alone():
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"out of memory on {arguments.device}",

@@ -45,6 +45,7 @@ class AdapterTrainer(Trainer):
     ) -> None:
         self._save_state, self._load_state, self._parameter_groups = save_state, load_state, parameter_groups
         self._make_order, self._order_callback = order, OrderCallback()
+        self._parameters: int | None = None
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the learned tokens of each step
         self._head = self.model.get_output_embeddings()
@@ -107,6 +108,14 @@ class AdapterTrainer(Trainer):
                 "lower training_config.learning_rate, or raise warmup_steps",
             )
         super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the Trainer has it, which counts the model's parameters anew at each step."""
+        if self._parameters is None:
+            count = getattr(self.model, "num_parameters", None)
+            self._parameters = int(count(exclude_embeddings=True)) if count is not None else 0
+        ids = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        return 0 if ids is None else 6 * int(ids.numel()) * self._parameters
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:
