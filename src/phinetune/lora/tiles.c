@@ -18,8 +18,8 @@
 #ifdef HAS_TILES
 #include <omp.h>
 
-enum { MOST = 8 };         /* layers at most */
-enum { CACHED = 600000 };  /* numbers of a left operand that stay in the second cache while strip after strip is multiplied with them */
+enum { MOST = 8 };          /* layers at most */
+enum { CACHED = 600000 };   /* numbers of a left operand that stay in the second cache while strip after strip is multiplied with them */
 enum { DEEPEST = 1024 };    /* numbers that a block of results goes along before its sums are put down */
 enum { PAST = 1 << 20 };    /* bytes of a result that are too many for a cache to hold until somebody reads them: they go past it */
 
@@ -119,17 +119,19 @@ static int64_t total(const Layers *l)
 
 typedef struct { int64_t layer, column, width; } Strip; /* 64 columns of a layer's results, or of dX; the last ones 32 */
 
+static int64_t strips_of(int64_t columns) { return (columns + 63) / 64; }
+
 static int64_t strips(const Layers *l, int back)
 {
     int64_t count = 0;
-    for (int64_t i = 0; i < l->n && !back; i++) count += (l->N[i] + 63) / 64;
-    return back ? (l->K + 63) / 64 : count;
+    for (int64_t i = 0; i < l->n && !back; i++) count += strips_of(l->N[i]);
+    return back ? strips_of(l->K) : count;
 }
 
 static Strip strip(const Layers *l, int back, int64_t at)
 {
     int64_t i = 0;
-    while (!back && at >= (l->N[i] + 63) / 64) at -= (l->N[i++] + 63) / 64;
+    while (!back && at >= strips_of(l->N[i])) at -= strips_of(l->N[i++]);
     int64_t width = (back ? l->K : l->N[i]) - 64 * at;
     return (Strip){i, 64 * at, width < 64 ? width : 64};
 }
@@ -148,10 +150,7 @@ WITH_TILES static void pack(const Layers *l, int back, Strip s, int64_t c, int64
     for (; steps; steps--, k += 32, tiles += 2 * TILE) {
         const half *from = square(l, back, s, c, k);
         if (back) interleave(from, l->K, tiles, 32);
-        else {
-            transpose_pairs(from, l->K, tiles);
-            transpose_pairs(from + 16 * l->K, l->K, tiles + TILE);
-        }
+        else transpose_square(from, l->K, tiles);
     }
 }
 
@@ -165,8 +164,7 @@ WITH_TILES static void pack_factors(const Layers *l, int back, Strip s, int64_t 
                 interleave(columns, 32, tiles, 32);
             } else {
                 part_of(l->B[i], l->N[i], l->r[i], s.column + c, k, 32, l->s, l->wide, columns);
-                transpose_pairs(columns, 32, tiles);
-                transpose_pairs(columns + 512, 32, tiles + TILE);
+                transpose_square(columns, 32, tiles);
             }
 }
 
@@ -295,7 +293,7 @@ WITH_TILES static void products(const Layers *l, int back, const half *left, con
     _mm_sfence(); /* what went past the caches is there before other threads go on */
 }
 
-/* ---- forward ---- *//* ---- forward ---- */
+/* ---- forward ---- */
 
 WITH_TILES static void down(const Layers *l, half *X, half *panels, half *rows)
 {

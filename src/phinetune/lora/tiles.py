@@ -50,7 +50,7 @@ class _Layers(ctypes.Structure):
 @functools.cache
 def library() -> Any:
     """The built functions, loaded once; None where they were not built, or the processor or the system has no tiles for us."""
-    found = built_for_tiles(Path(__file__).with_name("_tiles"), "lora_forward", "lora_backward")
+    found = built_for_tiles(Path(__file__).with_name("_tiles"), "lora_forward", "lora_backward", "lora_room")
     if found is not None:
         found.lora_room.argtypes, found.lora_room.restype = (ctypes.c_void_p, ctypes.c_int), ctypes.c_int64
     return found
@@ -111,10 +111,8 @@ class TilesFunction(torch.autograd.Function):
         W, A, B = tensors[::3], tensors[1::3], tensors[2::3]
         g = [grad.contiguous() for grad in grads]
         n, of_x = len(W), ctx.needs_input_grad[0]
-        found = lora_products_backward(x, down, g, W, A, B, ctx.scaling, of_x)
-        factors = [
-            t for pair in zip(found[-2 * n - 1 : -n - 1], found[-n - 1 : -1], strict=True) for t in (None, *pair)
-        ]
+        *found, _ = lora_products_backward(x, down, g, W, A, B, ctx.scaling, of_x)
+        factors = [t for pair in zip(found[-2 * n : -n], found[-n:], strict=True) for t in (None, *pair)]
         return found[0] if of_x else None, None, *factors
 
 
@@ -131,9 +129,16 @@ def _backward_results(
 
 def _room(x: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], back: int) -> Tensor:
     """What tiles.c puts aside meanwhile. It comes with the results so that whoever counts memory sees it."""
-    layers = _Layers(M=_rows(x.shape), K=x.shape[-1], n=len(W), R=sum(_filled(len(a)) for a in A))
-    layers.N[: len(W)] = [len(w) for w in W]
-    return x.new_empty(library().lora_room(ctypes.addressof(layers), back))
+    ranks = sum(_filled(len(a)) for a in A)
+    return x.new_empty(_numbers_of_room(_rows(x.shape), x.shape[-1], ranks, tuple(len(w) for w in W), back))
+
+
+@functools.lru_cache(maxsize=256)  # asked for at each call, of few shapes
+def _numbers_of_room(M: int, K: int, R: int, N: tuple[int, ...], back: int) -> int:
+    layers = _Layers(M=M, K=K, n=len(N), R=R)
+    layers.N[: len(N)] = N
+    numbers: int = library().lora_room(ctypes.addressof(layers), back)
+    return numbers
 
 
 @operator("lora_products(Tensor x, Tensor[] W, Tensor[] A, Tensor[] B, float scaling) -> Tensor[]", _forward_results)
@@ -160,13 +165,13 @@ def lora_products_backward(
     x: Tensor, down: Tensor, g: Sequence[Tensor], W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float, of_x: bool
 ) -> list[Tensor]:  # fmt: skip
     """dL/dx (..., in), if `of_x`, then dL/dA_i of each layer, then dL/dB_i, then the room used, for g_i = dL/dy_i (..., out_i), contiguous."""
-    found = _backward_results(x, down, list(g), W, list(A), list(B), scaling, of_x)
-    layers, n = _layers(x, down, found[-1], W, A, B, scaling), len(W)
+    *found, room = _backward_results(x, down, list(g), W, list(A), list(B), scaling, of_x)
+    layers, n = _layers(x, down, room, W, A, B, scaling), len(W)
     layers.dX = found[0].data_ptr() if of_x else None
     for i in range(n):
-        layers.G[i], layers.dA[i], layers.dB[i] = (t.data_ptr() for t in (g[i], found[i - 2 * n - 1], found[i - n - 1]))
+        layers.G[i], layers.dA[i], layers.dB[i] = (t.data_ptr() for t in (g[i], found[i - 2 * n], found[i - n]))
     _run(library().lora_backward, layers)
-    return found
+    return [*found, room]
 
 
 @register_flop_formula(torch.ops.phinetune.lora_products)

@@ -321,8 +321,7 @@ WITH_TILES static void turn(const half *x, int64_t D, int64_t block, half *to)
     for (int64_t d = 0; d < D; d += 32) {
         half *here = to + (d / 32 * BLOCKS + block) * 2 * TILE;
         interleave(x + d, D, pairs, 32);
-        transpose_pairs(pairs, 32, here);
-        transpose_pairs(pairs + TILE, 32, here + TILE);
+        transpose_square(pairs, 32, here);
     }
 }
 

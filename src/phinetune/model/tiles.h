@@ -181,13 +181,17 @@ WITH_TILES static inline void interleave(const half *from, int64_t stride, half 
     }
 }
 
+/* 32 rows of 32 numbers, transposed -> two tiles. */
+WITH_TILES static inline void transpose_square(const half *from, int64_t stride, half *to)
+{
+    transpose_pairs(from, stride, to);
+    transpose_pairs(from + 16 * stride, stride, to + TILE);
+}
+
 /* Columns n to n + 32 of X W' need rows n to n + 32 of W (N, K): 2 tiles for each 32 of K. */
 WITH_TILES static void pack_rows(const half *W, int64_t K, half *to)
 {
-    for (int64_t k = 0; k < K; k += 32, to += 2 * TILE) {
-        transpose_pairs(W + k, K, to);
-        transpose_pairs(W + 16 * K + k, K, to + TILE);
-    }
+    for (int64_t k = 0; k < K; k += 32, to += 2 * TILE) transpose_square(W + k, K, to);
 }
 
 static void note(int *failed) /* all threads go on, or none */
