@@ -141,6 +141,14 @@ def test_any_value_in_place_of_another_is_read_or_refused_but_never_breaks(data:
         assert error.problems and all(text and "\n" not in text for text in error.problems)
 
 
+def test_a_key_with_a_line_break_is_named_in_one_line() -> None:
+    values = copy.deepcopy(CORPUS["a_hf_dataset.json"])
+    values["engine"]["evaluator"] = {"\n": None}
+    with pytest.raises(ConfigError) as caught:
+        translate(values)
+    assert r"engine.evaluator.\n: unknown key" in caught.value.problems
+
+
 # --- what is refused ---
 
 

@@ -48,8 +48,9 @@ class Group:
     asked: set[str] = field(default_factory=set)
 
     def place(self, key: str) -> str:
-        """Path of `key` in the user's file."""
-        return f"{self.path}.{key}" if self.path else key
+        """Path of `key` in the user's file, in one line: line breaks in a key are written as `\\n`."""
+        shown = str(key).replace("\r", r"\r").replace("\n", r"\n")
+        return f"{self.path}.{shown}" if self.path else shown
 
 
 class Report:
