@@ -12,9 +12,10 @@ from torch import nn
 
 from phinetune.data.batches import padded_batch, tree_batch
 from phinetune.errors import ConfigError
+from phinetune.lora.arithmetic import choose_arithmetic
 from phinetune.lora.config import LoraConfig
 from phinetune.lora.functional import lora_linear_reference
-from phinetune.lora.group import choose_arithmetic, share_inputs, shared_linears_reference
+from phinetune.lora.group import share_inputs, shared_linears_reference
 from phinetune.lora.injection import inject
 from phinetune.lora.layer import lora_layers
 from phinetune.model import attention as blocks

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from phinetune.data.batches import padded_batch, tree_batch
+from phinetune.lora.arithmetic import choose_arithmetic
 from phinetune.lora.config import LoraConfig
-from phinetune.lora.group import choose_arithmetic
 from phinetune.lora.injection import inject
 from phinetune.model import gated, kernels, rotary
 from phinetune.model.attention import allowed_in_tree, attention_reference

@@ -18,8 +18,8 @@ from phinetune.cli.app import main
 from phinetune.data.batches import padded_batch, tree_batch
 from phinetune.errors import AdapterError, ConfigError, InfeasibleError, ModelError
 from phinetune.events import Event, Note
+from phinetune.lora.arithmetic import choose_arithmetic
 from phinetune.lora.config import LoraConfig
-from phinetune.lora.group import choose_arithmetic
 from phinetune.lora.injection import inject
 from phinetune.model import compute, kernels
 from phinetune.model.fast import FastPaths, speed_up

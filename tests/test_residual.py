@@ -13,6 +13,7 @@ from phinetune.model import kernels, residual
 from phinetune.model.fast import FastPaths, speed_up
 from phinetune.model.norm import RMSNorm, rms_norm_reference
 from phinetune.model.residual import could_be_decoder, joins, sum_and_norm
+from phinetune.training.checkpointing import checkpoint_layers
 from zoo import zoo_model
 
 BUILT = pytest.mark.skipif(kernels.library() is None, reason="no compiler when phinetune was installed")
@@ -115,3 +116,29 @@ def test_arguments_by_place_go_to_the_layers_own_forward() -> None:
         plain(x, None, position, position_embeddings=angles),
         atol=1e-5,
     )
+
+
+@BUILT
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_layers_are_checkpointed_as_their_own_forwards_are(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers checkpoints around a layer's own forward, which ours stands in the place of."""
+    computed: list[Any] = []
+    layer = residual.layer
+    monkeypatch.setattr(
+        residual, "layer", lambda module, *args, **kwargs: (computed.append(module), layer(module, *args, **kwargs))[1]
+    )
+    ids = torch.arange(2, 26).remainder(128).view(2, 12)
+    gradients = []
+    for count in (0, "all"):
+        model = speed_up(zoo_model(kind), FastPaths()).train()
+        assert checkpoint_layers(model, count) == {0: 0, "all": 1}[count]  # of two; the last one never is
+        computed.clear()
+        model(input_ids=ids, use_cache=False).logits.float().square().mean().backward()
+        assert [computed.count(one) for one in model.model.layers] == [1 if count == 0 else 2, 1]
+        gradients.append([p.grad for p in model.parameters()])
+        if count:  # with a cache, transformers' own forward knows what to do
+            computed.clear()
+            model(input_ids=ids, use_cache=True)
+            assert computed == [model.model.layers[1]]
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from phinetune.errors import ConfigError
+from phinetune.lora.arithmetic import choose_arithmetic
 from phinetune.lora.config import LoraConfig
 from phinetune.lora.functional import lora_linear, lora_linear_reference
-from phinetune.lora.group import choose_arithmetic
 from phinetune.lora.injection import inject
 from phinetune.lora.layer import lora_layers
 from phinetune.lora.linear import MergedLinear

@@ -22,9 +22,7 @@ from phinetune.lora import tiles
 from phinetune.lora.frozen import dense, is_quantized
 from phinetune.lora.functional import gradient_of_B, lora_linear_reference, product_into, scaled
 from phinetune.lora.fused import PARTS
-from phinetune.lora.layer import LoRALayer
 from phinetune.lora.linear import Linear, frozen_or_folded
-from phinetune.model.fast import FastPaths
 
 _TOGETHER = (*dict.fromkeys(PARTS.values()), ("query", "key", "value"), ("w1", "w3"))
 
@@ -112,7 +110,7 @@ class SharedInput:
             if not self._ready:
                 self._input = None  # nothing is kept alive longer than the model would
             return y
-        if layer is not self.layers[0] or not _ordinary(x) or not all(_plain(one) for one in self.layers):
+        if layer is not self.layers[0] or not ordinary(x) or not all(plain_layer(one) for one in self.layers):
             return None
         weights, folded = zip(*(frozen_or_folded(one) for one in self.layers), strict=True)
         if len(set(folded)) > 1 or len({one.scaling for one in self.layers}) > 1:
@@ -130,13 +128,13 @@ class SharedInput:
         return first
 
 
-def _ordinary(x: Tensor) -> bool:
+def ordinary(x: Tensor) -> bool:
     """True outside autocast, tracing and the transforms of functorch, which the single layer knows how to serve."""
     tracing = torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
     return not (tracing or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling())
 
 
-def _plain(layer: Linear) -> bool:
+def plain_layer(layer: Linear) -> bool:
     """True while the layer computes nothing but y = x Wᵀ + b + s x Aᵀ Bᵀ."""
     return not (
         layer.merged or layer.drops or layer.lora_magnitude_vector is not None or layer.lora_A_start is not None
@@ -158,18 +156,3 @@ def share_inputs(model: nn.Module, by_tiles: bool = False) -> int:
                 layer.__dict__["shared"] = group  # not a child of the layer
             count += 1
     return count
-
-
-def choose_arithmetic(model: nn.Module, paths: FastPaths) -> None:
-    """Set which way the LoRA layers in `model` compute, by the switches `linear`, `grouped` and `tiles`."""
-    by_tiles = paths.linear and paths.tiles and not paths.compiled and tiles.library() is not None
-    for module in model.modules():
-        module.__dict__.pop("shared", None)
-        if isinstance(module, LoRALayer):
-            module.__dict__.pop("arithmetic", None)
-            if not paths.linear:
-                module.__dict__["arithmetic"] = lora_linear_reference
-            elif by_tiles:
-                module.__dict__["arithmetic"] = tiles.lora_linear_tiles
-    if paths.linear and paths.grouped and not paths.compiled:  # compiled layers must be alike, and hold no state
-        share_inputs(model, by_tiles)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,24 +28,27 @@ from phinetune.model.kernels import built_for_tiles, operator, plain, undisturbe
 
 _MOST = 8
 """Layers in one call at most (tiles.c)."""
-_FEWEST = 32
+FEWEST = 32
 """Rows that x has at least: one block of tiles."""
 
 
-class _Layers(ctypes.Structure):
-    """`Layers` of tiles.c."""
+_LAYERS = struct.Struct(f"5Q{7 * _MOST}Q{3 * _MOST}q3Qfi")
+"""`Layers` of tiles.c."""
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("M", "K", "n", "R")),
-        ("X", ctypes.c_void_p),
-        *((name, ctypes.c_void_p * _MOST) for name in ("W", "G", "Y", "A", "B", "dA", "dB")),
-        *((name, ctypes.c_int64 * _MOST) for name in ("N", "r", "at")),
-        ("D", ctypes.c_void_p),
-        ("dX", ctypes.c_void_p),
-        ("room", ctypes.c_void_p),
-        ("s", ctypes.c_float),
-        ("wide", ctypes.c_int),
-    )
+
+class Operands(NamedTuple):
+    """What tiles.c is told besides x: of each layer the addresses of W, A and B, its width and rank; then s, and whether factors are float32.
+
+    Ranks count filled up to multiples of 32, one layer's after the other's.
+    """
+
+    W: tuple[int, ...]
+    A: tuple[int, ...]
+    B: tuple[int, ...]
+    widths: tuple[int, ...]
+    ranks: tuple[int, ...]
+    scaling: float
+    wide: bool
 
 
 @functools.cache
@@ -58,14 +62,16 @@ def library() -> Any:
 
 def usable(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]]) -> bool:
     """True if the functions are there and serve x (..., in) and layers of (W (out, in), bias, A (r, in), B (out, r))."""
-    if x.dtype is not torch.bfloat16 or library() is None or len(layers) > _MOST or _rows(x.shape) < _FEWEST:
+    if x.dtype is not torch.bfloat16 or library() is None or len(layers) > _MOST or _rows(x.shape) < FEWEST:
         return False
-    if not undisturbed() or not plain(x):
-        return False
+    return undisturbed() and plain(x) and fit(x.shape[-1], layers)
+
+
+def fit(width: int, layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]]) -> bool:
+    """True if the functions serve layers of (W (out, in), bias, A (r, in), B (out, r)) for an x (..., in) in bfloat16 with in = `width`."""
     factors = layers[0][2].dtype
-    width = x.shape[-1]
     return width > 0 and width % 32 == 0 and all(
-        bias is None and not is_quantized(W) and W.dtype is x.dtype and W.is_contiguous() and W.shape[0] % 32 == 0
+        bias is None and not is_quantized(W) and W.dtype is torch.bfloat16 and W.is_contiguous() and W.shape[0] % 32 == 0
         and W.shape[1] == A.shape[1] == width and B.shape == (W.shape[0], A.shape[0]) and len(W) > 0
         and not W.requires_grad and A.dtype is B.dtype is factors and factors in (torch.float32, torch.bfloat16)
         and A.is_contiguous() and B.is_contiguous() and len(A) > 0 and all(plain(t) for t in (W, A, B))
@@ -117,28 +123,66 @@ class TilesFunction(torch.autograd.Function):
 
 
 def _forward_results(x: Tensor, W: list[Tensor], A: list[Tensor], B: list[Tensor], scaling: float) -> list[Tensor]:
-    rows, ranks = _filled(_rows(x.shape)), sum(_filled(len(a)) for a in A)
-    return [*(x.new_empty(*x.shape[:-1], len(w)) for w in W), x.new_empty(rows, ranks), _room(x, W, A, 0)]
+    rows, ranks = filled(_rows(x.shape)), sum(filled(len(a)) for a in A)
+    return [*(x.new_empty(*x.shape[:-1], len(w)) for w in W), x.new_empty(rows, ranks), _room(x, W, A, False)]
 
 
 def _backward_results(
     x: Tensor, down: Tensor, g: list[Tensor], W: Any, A: list[Tensor], B: list[Tensor], scaling: float, of_x: bool
 ) -> list[Tensor]:
-    return [*(torch.empty_like(t) for t in ([x, *A, *B] if of_x else [*A, *B])), _room(x, W, A, 1)]
+    return [*(torch.empty_like(t) for t in ([x, *A, *B] if of_x else [*A, *B])), _room(x, W, A, True)]
 
 
-def _room(x: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], back: int) -> Tensor:
+def _room(x: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], back: bool) -> Tensor:
     """What tiles.c puts aside meanwhile. It comes with the results so that whoever counts memory sees it."""
-    ranks = sum(_filled(len(a)) for a in A)
-    return x.new_empty(_numbers_of_room(_rows(x.shape), x.shape[-1], ranks, tuple(len(w) for w in W), back))
+    ranks = sum(filled(len(a)) for a in A)
+    return x.new_empty(numbers_of_room(_rows(x.shape), x.shape[-1], ranks, tuple(len(w) for w in W), back))
 
 
 @functools.lru_cache(maxsize=256)  # asked for at each call, of few shapes
-def _numbers_of_room(M: int, K: int, R: int, N: tuple[int, ...], back: int) -> int:
-    layers = _Layers(M=M, K=K, n=len(N), R=R)
-    layers.N[: len(N)] = N
-    numbers: int = library().lora_room(ctypes.addressof(layers), back)
+def numbers_of_room(M: int, K: int, R: int, N: tuple[int, ...], back: bool) -> int:
+    """bfloat16 numbers that tiles.c puts aside for M rows of K, layers N wide and R ranks in all, filled up."""
+    layers = _LAYERS.pack(M, K, len(N), R, 0, *(0,) * 7 * _MOST, *_padded(N), *(0,) * 2 * _MOST, 0, 0, 0, 0.0, 0)
+    numbers: int = library().lora_room(layers, back)
     return numbers
+
+
+@functools.lru_cache(maxsize=1024)
+def _columns(ranks: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """(the ranks of all layers, filled up, together; the first column of each)."""
+    starts = tuple(sum(map(filled, ranks[:i])) for i in range(len(ranks) + 1))
+    return starts[-1], starts[:-1]
+
+
+def _padded(values: Sequence[int]) -> tuple[int, ...]:
+    return (*values, *(0,) * (_MOST - len(values)))
+
+
+def multiply(M: int, K: int, X: int, of: Operands, Y: Sequence[int], D: int, room: int) -> None:
+    """Y_i (M, out_i) = X W_iᵀ + s D_i B_iᵀ, and D, (M and ranks filled up), at these addresses; X (M, K), rows contiguous."""
+    R, at = _columns(of.ranks)
+    _run(library().lora_forward, _LAYERS.pack(
+        M, K, len(of.W), R, X, *_padded(of.W), *_padded(()), *_padded(Y), *_padded(of.A), *_padded(of.B), *_padded(()), *_padded(()),
+        *_padded(of.widths), *_padded(of.ranks), *_padded(at), D, 0, room, of.scaling, of.wide,
+    ))  # fmt: skip
+
+
+def multiply_back(
+    M: int, K: int, X: int, of: Operands, D: int, G: Sequence[int], dX: int, dA: Sequence[int], dB: Sequence[int], room: int
+) -> None:  # fmt: skip
+    """dX (M, K), if its address is not 0, dA_i and dB_i, for G_i (M, out_i) and what `multiply` took and gave."""
+    R, at = _columns(of.ranks)
+    _run(library().lora_backward, _LAYERS.pack(
+        M, K, len(of.W), R, X, *_padded(of.W), *_padded(G), *_padded(()), *_padded(of.A), *_padded(of.B), *_padded(dA), *_padded(dB),
+        *_padded(of.widths), *_padded(of.ranks), *_padded(at), D, dX, room, of.scaling, of.wide,
+    ))  # fmt: skip
+
+
+def operands(W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float) -> Operands:
+    """Of layers that share their input, as `usable` looks at them."""
+    of_W, of_A, of_B = (tuple(t.data_ptr() for t in tensors) for tensors in (W, A, B))
+    widths, ranks = tuple(w.shape[0] for w in W), tuple(a.shape[0] for a in A)
+    return Operands(of_W, of_A, of_B, widths, ranks, scaling, A[0].dtype is torch.float32)
 
 
 @operator("lora_products(Tensor x, Tensor[] W, Tensor[] A, Tensor[] B, float scaling) -> Tensor[]", _forward_results)
@@ -150,10 +194,10 @@ def lora_products(
     The way back needs x Aᵀ of all layers, rows and ranks filled up to multiples of 32, in the order of tiles.c.
     """
     *Y, down, room = _forward_results(x, list(W), list(A), list(B), scaling)
-    layers = _layers(x, down, room, W, A, B, scaling)
-    for i, y in enumerate(Y):
-        layers.Y[i] = y.data_ptr()
-    _run(library().lora_forward, layers)
+    results = [y.data_ptr() for y in Y]
+    multiply(
+        _rows(x.shape), x.shape[-1], x.data_ptr(), operands(W, A, B, scaling), results, down.data_ptr(), room.data_ptr()
+    )
     return [*Y, down, room]
 
 
@@ -166,11 +210,11 @@ def lora_products_backward(
 ) -> list[Tensor]:  # fmt: skip
     """dL/dx (..., in), if `of_x`, then dL/dA_i of each layer, then dL/dB_i, then the room used, for g_i = dL/dy_i (..., out_i), contiguous."""
     *found, room = _backward_results(x, down, list(g), W, list(A), list(B), scaling, of_x)
-    layers, n = _layers(x, down, room, W, A, B, scaling), len(W)
-    layers.dX = found[0].data_ptr() if of_x else None
-    for i in range(n):
-        layers.G[i], layers.dA[i], layers.dB[i] = (t.data_ptr() for t in (g[i], found[i - 2 * n], found[i - n]))
-    _run(library().lora_backward, layers)
+    pointers, n = [t.data_ptr() for t in found], len(W)
+    multiply_back(
+        _rows(x.shape), x.shape[-1], x.data_ptr(), operands(W, A, B, scaling), down.data_ptr(), [t.data_ptr() for t in g],
+        pointers[0] if of_x else 0, pointers[-2 * n : -n], pointers[-n:], room.data_ptr(),
+    )  # fmt: skip
     return [*found, room]
 
 
@@ -190,22 +234,8 @@ def _backward_flops(
     return 2 * _rows(x) * sum(one(w, a) for w, a in zip(W, A, strict=True))
 
 
-def _layers(
-    x: Tensor, down: Tensor, room: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float
-) -> _Layers:  # fmt: skip
-    M, K, at = _rows(x.shape), x.shape[-1], 0
-    layers = _Layers(M=M, K=K, n=len(W), R=down.shape[1], X=x.data_ptr(), D=down.data_ptr(), s=scaling)
-    layers.room = room.data_ptr()
-    layers.wide = A[0].dtype is torch.float32
-    for i, (w, a, b) in enumerate(zip(W, A, B, strict=True)):
-        layers.W[i], layers.A[i], layers.B[i] = w.data_ptr(), a.data_ptr(), b.data_ptr()
-        layers.N[i], layers.r[i], layers.at[i] = len(w), len(a), at
-        at += _filled(len(a))
-    return layers
-
-
-def _run(function: Any, layers: _Layers) -> None:
-    if function(ctypes.addressof(layers)):
+def _run(function: Any, layers: bytes) -> None:
+    if function(layers):
         raise MemoryError("LoRA products: no memory for a panel of the weights")
 
 
@@ -214,5 +244,6 @@ def _rows(shape: Sequence[int]) -> int:
     return rows
 
 
-def _filled(count: int) -> int:
+def filled(count: int) -> int:
+    """Up to a multiple of 32."""
     return -(-count // 32) * 32

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,17 +27,22 @@ _WIDEST = 256
 """Numbers of a head at most (attention.c)."""
 
 
-class _Attention(ctypes.Structure):
-    """`Attention` of attention.c."""
+_ATTENTION = struct.Struct("6q6Q4qf4x6Q3q")
+"""`Attention` of attention.c."""
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("heads", "groups", "D", "width", "entries", "shared")),
-        *((name, ctypes.c_void_p) for name in ("entry", "q", "k", "v", "cos", "sin")),
-        *((name, ctypes.c_int64) for name in ("q_stride", "k_stride", "v_stride", "T")),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("out", "sums", "grad", "dq", "dk", "dv")),
-        *((name, ctypes.c_int64) for name in ("dq_stride", "dk_stride", "dv_stride")),
-    )
+
+class Heads(NamedTuple):
+    """What attention.c is told besides addresses: tokens, heads, groups, numbers of a head and those of them that turn, the scores' scale, the
+    strides of q, k and v, and the entries as `attention_rows` takes them."""
+
+    T: int
+    heads: int
+    groups: int
+    D: int
+    width: int
+    scaling: float
+    strides: tuple[int, int, int]
+    entries: tuple[int, ...]
 
 
 @functools.cache
@@ -48,14 +54,29 @@ def library() -> Any:
 def usable(states: Sequence[Tensor], cos: Tensor, sin: Tensor, heads: int, groups: int, entries: Sequence[int]) -> bool:
     """True if the functions are there and serve q (T, heads · D), k and v (T, groups · D), angles (T, width) and `entries` of T tokens."""
     q, k, v = states
-    D, width = q.shape[1] // heads, cos.shape[-1]
-    if q.dtype is not torch.bfloat16 or library() is None or len(entries) // 4 * groups < torch.get_num_threads():
+    D = q.shape[1] // heads
+    if (
+        q.dtype is not torch.bfloat16
+        or library() is None
+        or not serves(len(q), heads, groups, D, cos.shape[-1], tuple(entries))
+    ):
         return False
     return (
-        undisturbed() and D % 32 == 0 and 0 < D <= _WIDEST and width % 2 == 0 and width <= D and heads % groups == 0
-        and sum(entries[3::4]) == len(q) == len(k) == len(v) and q.shape[1] == heads * D and k.shape[1] == v.shape[1] == groups * D
+        undisturbed() and len(q) == len(k) == len(v) and q.shape[1] == heads * D and k.shape[1] == v.shape[1] == groups * D
         and all(x.dtype is q.dtype and plain(x) and x.stride(-1) == 1 for x in (q, k, v, cos, sin))
-        and all(x.shape == (*q.shape[:1], width) and x.is_contiguous() for x in (cos, sin))
+        and all(x.shape == (len(q), cos.shape[-1]) and x.is_contiguous() for x in (cos, sin))
+    )  # fmt: skip
+
+
+def serves(T: int, heads: int, groups: int, D: int, width: int, entries: tuple[int, ...]) -> bool:
+    """True for sizes that the functions can take, and enough work for all threads."""
+    return len(entries) // 4 * groups >= torch.get_num_threads() and _fits(T, heads, groups, D, width, entries)
+
+
+@functools.lru_cache(maxsize=256)  # asked by each layer
+def _fits(T: int, heads: int, groups: int, D: int, width: int, entries: tuple[int, ...]) -> bool:
+    return (
+        D % 32 == 0 and 0 < D <= _WIDEST and width % 2 == 0 and width <= D and heads % groups == 0 and sum(entries[3::4]) == T
     )  # fmt: skip
 
 
@@ -109,7 +130,9 @@ def attention_rows(
     log2 of the sum over 2^(scores · log2 e) of each head and token, (heads, T) float32.
     """
     out, sums = _forward_results(q, k, v, cos, sin, entries, heads)
-    _run(library().attention_forward, _arguments(q, k, v, cos, sin, sums, entries, heads, groups, scaling), out=out)
+    attend(
+        _heads(q, k, v, cos, entries, heads, groups, scaling), [t.data_ptr() for t in (q, k, v, cos, sin, out, sums)]
+    )
     return out, sums
 
 
@@ -122,37 +145,48 @@ def attention_rows_backward(
     entries: Sequence[int], heads: int, groups: int, scaling: float,
 ) -> None:  # fmt: skip
     """Writes dL/dq, dL/dk and dL/dv, rows contiguous, for grad = dL/d(out) (T, heads · D), contiguous, and what `attention_rows` took and gave."""
-    arguments = _arguments(q, k, v, cos, sin, sums, entries, heads, groups, scaling)
-    arguments.dq_stride, arguments.dk_stride, arguments.dv_stride = dq.stride(0), dk.stride(0), dv.stride(0)
-    _run(library().attention_backward, arguments, out=out, grad=grad, dq=dq, dk=dk, dv=dv)
+    of, strides = _heads(q, k, v, cos, entries, heads, groups, scaling), (dq.stride(0), dk.stride(0), dv.stride(0))
+    pointers = [t.data_ptr() for t in (q, k, v, cos, sin, out, sums, grad, dq, dk, dv)]
+    attend_back(of, pointers, strides)
 
 
-def _arguments(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sums: Tensor, entries: Sequence[int], heads: int, groups: int, scaling: float
-) -> _Attention:  # fmt: skip
-    arguments = _Attention(
-        heads=heads, groups=groups, D=q.shape[1] // heads, width=cos.shape[1], T=len(q), scale=scaling
+def attend(of: Heads, pointers: Sequence[int]) -> None:
+    """As `attention_rows`, on the addresses of q, k, v, cos, sin, the result and what the way back needs."""
+    _run(library().attention_forward, of, (*pointers, 0, 0, 0, 0), (0, 0, 0))
+
+
+def attend_back(of: Heads, pointers: Sequence[int], strides: tuple[int, int, int]) -> None:
+    """As `attention_rows_backward`, on the addresses that `attend` took and those of grad, dq, dk and dv, and the strides of the last three."""
+    _run(library().attention_backward, of, pointers, strides)
+
+
+def _heads(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, entries: Sequence[int], heads: int, groups: int, scaling: float
+) -> Heads:
+    strides = q.stride(0), k.stride(0), v.stride(0)
+    return Heads(len(q), heads, groups, q.shape[1] // heads, cos.shape[1], scaling, strides, tuple(entries))
+
+
+@functools.lru_cache(maxsize=256)
+def _table(entries: tuple[int, ...]) -> tuple[Any, int]:
+    """(the entries as C reads them; how many first tokens are prefixes)."""
+    return (ctypes.c_int64 * len(entries))(*entries), max(
+        a + n for a, n in zip(entries[::4], entries[1::4], strict=True)
     )
-    arguments.entries, arguments.shared = (
-        len(entries) // 4,
-        max(a + n for a, n in zip(entries[::4], entries[1::4], strict=True)),
-    )
-    arguments.table = (ctypes.c_int64 * len(entries))(*entries)  # kept alive by the structure
-    arguments.entry = ctypes.addressof(arguments.table)
-    arguments.q_stride, arguments.k_stride, arguments.v_stride = q.stride(0), k.stride(0), v.stride(0)
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("cos", cos), ("sin", sin), ("sums", sums)):
-        setattr(arguments, name, tensor.data_ptr())
-    return arguments
 
 
-def _run(function: Any, arguments: _Attention, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        setattr(arguments, name, tensor.data_ptr())
-    if function(ctypes.addressof(arguments)):
+def _run(function: Any, of: Heads, pointers: Sequence[int], strides: tuple[int, int, int]) -> None:
+    table, shared = _table(of.entries)
+    sizes = of.heads, of.groups, of.D, of.width, len(of.entries) // 4, shared
+    if function(
+        _ATTENTION.pack(
+            *sizes, ctypes.addressof(table), *pointers[:5], *of.strides, of.T, of.scaling, *pointers[5:], *strides
+        )
+    ):
         raise MemoryError("attention: no memory for an entry's keys")
 
 
-def _seen(entries: Sequence[int]) -> int:
+def seen(entries: Sequence[int]) -> int:
     """Keys that all queries see, for one head."""
     return sum(n * before + n * (n + 1) // 2 for before, n in zip(entries[1::4], entries[3::4], strict=True))
 
@@ -161,11 +195,11 @@ def _seen(entries: Sequence[int]) -> int:
 def _forward_flops(
     q: Any, k: Any, v: Any, cos: Any, sin: Any, entries: Any, *_: Any, out_shape: Any = None, **__: Any
 ) -> int:
-    return 2 * 2 * int(q[1]) * _seen(entries)
+    return 2 * 2 * int(q[1]) * seen(entries)
 
 
 @register_flop_formula(torch.ops.phinetune.attention_rows_backward)
 def _backward_flops(
     grad: Any, q: Any, k: Any, v: Any, cos: Any, sin: Any, out: Any, sums: Any, dq: Any, dk: Any, dv: Any, entries: Any, *_: Any, out_shape: Any = None, **__: Any
 ) -> int:  # fmt: skip
-    return 4 * 2 * int(q[1]) * _seen(entries)  # dP, dQ, dK, dV; that P is formed again is no work that had to be done
+    return 4 * 2 * int(q[1]) * seen(entries)  # dP, dQ, dK, dV; that P is formed again is no work that had to be done

@@ -48,6 +48,8 @@ class FastPaths:
     tiles: bool = True
     """On processors with AMX, in bfloat16: LoRA layers that share their input, factors and frozen weights, in one call; with `kernels`, attention
     between its projections in one call."""
+    layers: bool = True
+    """With `kernels`, `grouped` and `tiles`: a decoder layer with LoRA in all its projections in one function."""
     last_rows: bool = True
     """The last layer's MLP only where a learned token is predicted."""
     chunked_loss: bool = True

@@ -15,6 +15,8 @@ Not here: attention, the MLP, the layer's last sum, which no normalization of it
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,16 +83,37 @@ def could_be_decoder(module: Any) -> bool:
     )
 
 
-def forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def forward(
+    module: Any, hidden_states: Tensor, *args: Any, compute: Callable[..., Tensor] | None = None, **kwargs: Any
+) -> Tensor:
     """What a decoder layer of Llama's kind computes: (B, T, hidden) -> (B, T, hidden). The arguments are its attention's.
 
-    Given by place, they are left to `type(module).forward`, its own.
+    Given by place, or with a cache, they are left to `type(module).forward`, its own. `compute`: what stands for `layer`. A layer that
+    transformers has been told to checkpoint is checkpointed: it does so around a layer's own forward, which is not called here.
     """
-    if args:
+    checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
+    if args or (checkpointed and (kwargs.get("use_cache") or kwargs.get("past_key_values") is not None)):
         own: Tensor = type(module).forward(module, hidden_states, *args, **kwargs)
         return own
+    whole = functools.partial(compute or layer, module, **kwargs)
+    if checkpointed and _wraps_forward():
+        again: Tensor = module._gradient_checkpointing_func(whole, hidden_states)
+        return again
+    return whole(hidden_states)
+
+
+def layer(module: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """The layer itself, by its parts."""
     x, y = sum_and_norm(module.input_layernorm, hidden_states, None)
     attended, _ = module.self_attn(hidden_states=y, **kwargs)
     x, y = sum_and_norm(module.post_attention_layernorm, x, attended)
     result: Tensor = x + module.mlp(y)
     return result
+
+
+@functools.cache
+def _wraps_forward() -> bool:
+    """True for versions of transformers that checkpoint around `forward`; those before did so around `__call__`, which stays the layer's own."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" not in vars(GradientCheckpointingLayer)

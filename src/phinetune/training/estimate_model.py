@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phinetune.lora.arithmetic import choose_arithmetic
 from phinetune.lora.config import LoraConfig
-from phinetune.lora.group import choose_arithmetic
 from phinetune.lora.injection import inject
 from phinetune.lora.rounding import round_model
 from phinetune.model.fast import FastPaths, speed_up

@@ -225,7 +225,7 @@ class _Session:
     ) -> None:
         from transformers import set_seed
 
-        from phinetune.lora.group import choose_arithmetic
+        from phinetune.lora.arithmetic import choose_arithmetic
         from phinetune.lora.injection import inject
         from phinetune.lora.layer import lora_size
         from phinetune.lora.rounding import round_model

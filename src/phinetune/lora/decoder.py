@@ -1,0 +1,204 @@
+"""A decoder layer with LoRA in all its projections in one autograd function, on processors with matrix tiles (AMX).
+
+    y = norm(x)    s = x + attention(y Qᵀ, y Kᵀ, y Vᵀ) Oᵀ    z = norm(s)    result = s + (silu(z Gᵀ) ⊙ z Uᵀ) Dᵀ
+
+where Q, K, V, O, G, U and D are frozen weights with factors beside them. What is computed, and by what compiled code, is what the functions
+of the parts compute (`tiles.py`, `model/attention_tiles.py`, `model/residual.py`, `model/gated.py`): the same numbers, bit by bit. But
+there a layer is eight functions, each with its checks, its results and its node in autograd's graph, and on short batches this is a fifth
+of a step, in which one thread works. Here the compiled functions are called on addresses, one after the other: what a layer keeps for
+the way back lies in two blocks of memory, what it needs meanwhile in a third.
+
+Not here: which layers are computed so, and when (`decoder_join.py`); the arithmetic; layers of which some projections have no factors; biases, dropout, quantized weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from phinetune.lora import tiles
+from phinetune.lora.decoder_memory import CALLS, INTO, NARROW, OUT, WIDEN, Places, Shape, places
+from phinetune.model import attention_tiles, kernels
+
+
+class How(NamedTuple):
+    """What a layer is told besides tensors: its shape, the batch's entries as `attention_tiles.attention_rows` takes them, and numbers.
+
+    numbers: the two normalizations' eps, the scores' scale, then s = alpha / r of the four calls.
+    """
+
+    shape: Shape
+    entries: tuple[int, ...]
+    numbers: tuple[float, ...]
+
+
+class DecoderFunction(torch.autograd.Function):
+    """(How, x (B, T, hidden), cos, sin (B T, width), two weights of normalizations, then W of all projections, A of all, B of all) -> (B, T, hidden)."""
+
+    @staticmethod
+    def forward(ctx, how, x, cos, sin, *tensors):  # type: ignore[no-untyped-def]
+        x = x.contiguous()
+        result, of_attention, of_mlp, _ = decoder_layer(x, cos, sin, *_apart(tensors), *how)
+        ctx.save_for_backward(x, cos, sin, of_attention, of_mlp, *tensors)
+        ctx.how = how
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, cos, sin, of_attention, of_mlp, *tensors = ctx.saved_tensors
+        of_x, count = ctx.needs_input_grad[1], len(tensors) // 3
+        *found, _ = decoder_layer_backward(
+            grad.contiguous(), x, cos, sin, of_attention, of_mlp, *_apart(tensors), *ctx.how, of_x
+        )
+        dx, factors = (found[0], found[1:]) if of_x else (None, found)
+        return (None, dx, None, None, *(None,) * (2 + count), *factors)
+
+
+def _apart(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+    """The normalizations' weights, then W, A and B of all projections."""
+    n = len(tensors) // 3
+    return tensors[:2], tensors[2 : 2 + n], tensors[2 + n : 2 + 2 * n], tensors[2 + 2 * n :]
+
+
+def _places(x: Tensor, shape: Sequence[int], A: Sequence[Tensor]) -> tuple[Shape, int, Places]:
+    whole = Shape(*shape)
+    M = x.shape[0] * x.shape[1]
+    return whole, M, places(M, whole, tuple(a.shape[0] for a in A))
+
+
+def _forward_results(
+    x: Tensor, cos: Tensor, sin: Tensor, norms: Any, W: Any, A: Any, B: Any, shape: Any, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    at = _places(x, shape, A)[2]
+    return torch.empty_like(x), x.new_empty(at.of_attention), x.new_empty(at.of_mlp), x.new_empty(at.forward)
+
+
+def _backward_results(
+    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, a: Any, m: Any, norms: Any, W: Any, A: Any, B: Any, shape: Any,
+    entries: Any, numbers: Any, of_x: bool,
+) -> list[Tensor]:  # fmt: skip
+    like = [x, *A, *B] if of_x else [*A, *B]
+    return [*(torch.empty_like(t) for t in like), x.new_empty(_places(x, shape, A)[2].backward)]
+
+
+@kernels.operator(
+    "decoder_layer(Tensor x, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] W, Tensor[] A, Tensor[] B, int[] shape, int[] entries, "
+    "float[] numbers) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_results,
+)
+def decoder_layer(
+    x: Tensor, cos: Tensor, sin: Tensor, norms: Sequence[Tensor], W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor],
+    shape: Sequence[int], entries: Sequence[int], numbers: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The layer's result, the two blocks that the way back needs, and the room used. Arguments as DecoderFunction and How have them."""
+    whole, M, at = _places(x, shape, A)
+    results = _forward_results(x, cos, sin, norms, W, A, B, shape)
+    X, result, one, two, room = x.data_ptr(), *(t.data_ptr() for t in results)
+    of = _operands(whole, W, A, B, numbers)
+    library, h, w = kernels.library(), whole.hidden, [t.data_ptr() for t in norms]
+    library.rms_norm(X, None, w[0], None, one + at.y, one + at.inverse, M, h, numbers[0], 0)
+    tiles.multiply(M, h, one + at.y, of[INTO], [one + to for to in at.into], one + at.slim[INTO], room + at.room)
+    states = one + at.q, one + at.k, one + at.v
+    attention_tiles.attend(
+        _heads(whole, M, cos, entries, numbers),
+        (*states, cos.data_ptr(), sin.data_ptr(), one + at.attended, one + at.sums),
+    )
+    tiles.multiply(
+        M, whole.heads * whole.D, one + at.attended, of[OUT], [room + at.out], one + at.slim[OUT], room + at.room
+    )
+    library.rms_norm(X, room + at.out, w[1], two + at.total, two + at.z, two + at.inverse_total, M, h, numbers[1], 0)
+    tiles.multiply(M, h, two + at.z, of[WIDEN], [two + to for to in at.widen], two + at.slim[WIDEN], room + at.room)
+    gate, up, stride = two + at.gate, two + at.up, at.wide_stride
+    library.silu_gate(gate, stride, up, stride, two + at.inner, M, whole.inner, 0)
+    tiles.multiply(M, whole.inner, two + at.inner, of[NARROW], [result], two + at.slim[NARROW], room + at.room)
+    results[0].add_(results[2][at.total // 2 :][: M * h].view(x.shape))
+    return results
+
+
+@kernels.operator(
+    "decoder_layer_backward(Tensor grad, Tensor x, Tensor cos, Tensor sin, Tensor of_attention, Tensor of_mlp, Tensor[] norms, Tensor[] W, "
+    "Tensor[] A, Tensor[] B, int[] shape, int[] entries, float[] numbers, bool of_x) -> Tensor[]",
+    _backward_results,
+)
+def decoder_layer_backward(
+    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, of_attention: Tensor, of_mlp: Tensor, norms: Sequence[Tensor], W: Sequence[Tensor],
+    A: Sequence[Tensor], B: Sequence[Tensor], shape: Sequence[int], entries: Sequence[int], numbers: Sequence[float], of_x: bool,
+) -> list[Tensor]:  # fmt: skip
+    """dL/dx, if `of_x`, then dL/dA of each projection, then dL/dB, then the room used, for grad = dL/d(result), contiguous."""
+    whole, M, at = _places(x, shape, A)
+    found = _backward_results(grad, x, cos, sin, of_attention, of_mlp, norms, W, A, B, shape, entries, numbers, of_x)
+    pointers, n, h = [t.data_ptr() for t in found], len(W), whole.hidden
+    dA, dB, room = pointers[-2 * n - 1 : -n - 1], pointers[-n - 1 : -1], pointers[-1]
+    X, g, one, two = x.data_ptr(), grad.data_ptr(), of_attention.data_ptr(), of_mlp.data_ptr()
+    of = _operands(whole, W, A, B, numbers)
+    library, w = kernels.library(), [t.data_ptr() for t in norms]
+
+    def back(call: int, width: int, X: int, slim: int, G: Sequence[int], dX: int) -> None:
+        own = whole.projections(call)
+        tiles.multiply_back(M, width, X, of[call], slim, G, dX, dA[own], dB[own], room + at.room_back)
+
+    narrow, hidden, total = room + at.d_narrow, room + at.d_hidden, room + at.d_total
+    back(NARROW, whole.inner, two + at.inner, two + at.slim[NARROW], [g], narrow)
+    gate, up, stride = two + at.gate, two + at.up, at.wide_stride
+    library.silu_gate_backward(
+        narrow, gate, stride, up, stride, room + at.d_gate, room + at.d_up, stride, M, whole.inner, 0
+    )
+    back(WIDEN, h, two + at.z, two + at.slim[WIDEN], [room + to for to in at.d_widen], hidden)
+    library.rms_norm_backward(hidden, two + at.total, w[1], two + at.inverse_total, g, total, M, h, 0)
+    back(OUT, whole.heads * whole.D, one + at.attended, one + at.slim[OUT], [total], narrow)
+    heads = _heads(whole, M, cos, entries, numbers)
+    states, d_states = (one + at.q, one + at.k, one + at.v), (room + at.d_q, room + at.d_k, room + at.d_v)
+    attention_tiles.attend_back(
+        heads,
+        (*states, cos.data_ptr(), sin.data_ptr(), one + at.attended, one + at.sums, narrow, *d_states),
+        heads.strides,
+    )
+    back(INTO, h, one + at.y, one + at.slim[INTO], [room + to for to in at.d_into], hidden if of_x else 0)
+    if of_x:
+        library.rms_norm_backward(hidden, X, w[0], one + at.inverse, total, pointers[0], M, h, 0)
+    return found
+
+
+def _operands(
+    shape: Shape, W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], numbers: Sequence[float]
+) -> list[tiles.Operands]:
+    return [
+        tiles.operands(W[own], A[own], B[own], numbers[3 + call])
+        for call, own in enumerate(map(shape.projections, CALLS))
+    ]
+
+
+def _heads(
+    shape: Shape, M: int, cos: Tensor, entries: Sequence[int], numbers: Sequence[float]
+) -> attention_tiles.Heads:
+    return attention_tiles.Heads(
+        M, shape.heads, shape.groups, shape.D, cos.shape[1], numbers[2], shape.state_strides(), tuple(entries)
+    )
+
+
+@register_flop_formula(torch.ops.phinetune.decoder_layer)
+def _forward_flops(
+    x: Any, cos: Any, sin: Any, norms: Any, W: Any, A: Any, B: Any, shape: Any, entries: Any, *_: Any, **__: Any
+) -> int:
+    rows, whole = int(x[0] * x[1]), Shape(*shape)
+    products = sum(int(w[0] * w[1] + a[0] * (w[0] + w[1])) for w, a in zip(W, A, strict=True))
+    return 2 * rows * products + 2 * 2 * whole.heads * whole.D * attention_tiles.seen(entries)
+
+
+@register_flop_formula(torch.ops.phinetune.decoder_layer_backward)
+def _backward_flops(
+    grad: Any, x: Any, cos: Any, sin: Any, a: Any, m: Any, norms: Any, W: Any, A: Any, B: Any, shape: Any, entries: Any, numbers: Any,
+    of_x: bool, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    rows, whole = int(x[0] * x[1]), Shape(*shape)
+    first = whole.projections(INTO).stop
+    products = sum(
+        int(2 * a[0] * w[0] + a[0] * w[1] + (of_x or i >= first) * w[1] * (w[0] + a[0]))
+        for i, (w, a) in enumerate(zip(W, A, strict=True))
+    )
+    return 2 * rows * products + 4 * 2 * whole.heads * whole.D * attention_tiles.seen(entries)

@@ -1,0 +1,270 @@
+"""A decoder layer in one function: bit by bit what its parts give, in every batch; taken where it serves, and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from phinetune.data.batches import padded_batch, tree_batch
+from phinetune.events import OnEvent
+from phinetune.lora import decoder, tiles
+from phinetune.lora.arithmetic import choose_arithmetic
+from phinetune.lora.config import LoraConfig
+from phinetune.lora.decoder_memory import Places, Shape
+from phinetune.lora.injection import inject, lora_layers
+from phinetune.model.fast import FastPaths, speed_up
+from phinetune.training.checkpointing import checkpoint_layers
+from phinetune.training.loss import supervised_loss
+from zoo import zoo_model
+
+TILES = pytest.mark.skipif(tiles.library() is None, reason="a processor without AMX, or no compiler at installation")
+WIDE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 3,
+}
+quiet: OnEvent = lambda event: None  # noqa: E731
+LAYOUTS = pytest.mark.parametrize("layout", [lambda r: padded_batch(r, 0), tree_batch], ids=["padded", "tree"])
+
+
+def rows(count: int = 4) -> list[dict[str, list[int]]]:
+    return [
+        {"input_ids": list(range(5, 30 + i)), "labels": [-100] * 15 + list(range(20, 30 + i))} for i in range(count)
+    ]
+
+
+def trained(paths: FastPaths, kind: str = "llama", dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
+    torch.manual_seed(0)
+    model = speed_up(zoo_model(kind, **WIDE).to(torch.bfloat16), paths, quiet)
+    inject(model, LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **lora}), on_event=quiet)
+    torch.manual_seed(1)
+    for layer in lora_layers(model).values():
+        layer.lora_B.data.normal_(std=0.05)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    choose_arithmetic(model, paths)
+    return model.train()
+
+
+def learned(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    loss = supervised_loss(model, model.get_output_embeddings(), batch, torch.bfloat16)
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A name for each layer that goes forward, and each that goes back, in one function."""
+    found: list[str] = []
+    for name in ("decoder_layer", "decoder_layer_backward"):
+        own = getattr(decoder, name)
+        monkeypatch.setattr(decoder, name, lambda *args, own=own, name=name: (found.append(name), own(*args))[1])
+    return found
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys() and len(found) > 1
+    for name, tensor in expected.items():
+        assert found[name].dtype is tensor.dtype and torch.equal(found[name], tensor), name
+
+
+@TILES
+@LAYOUTS
+@pytest.mark.parametrize("kind", ["llama", "phi3", "mistral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_is_bit_by_bit_what_the_parts_give(kind: str, layout: Any, dtype: torch.dtype, calls: list[str]) -> None:
+    batch = layout(rows())
+    found = learned(trained(FastPaths(), kind, dtype), batch)
+    assert calls == ["decoder_layer"] * 3 + ["decoder_layer_backward"] * 3
+    calls.clear()
+    expected = learned(trained(FastPaths(layers=False), kind, dtype), batch)
+    assert not calls
+    same(found, expected)
+
+
+@TILES
+def test_layers_below_the_first_that_learns_get_no_gradient_and_a_trained_input_does(calls: list[str]) -> None:
+    results = []
+    for on in (True, False):
+        model = trained(FastPaths(layers=on))
+        states = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+        model(inputs_embeds=states, use_cache=False).logits.float().square().mean().backward()
+        results.append(
+            {"states": states.grad, **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+        )
+    same(*results)
+    assert len(calls) == 6
+
+
+@TILES
+@LAYOUTS
+def test_ranks_and_scalings_may_differ_from_call_to_call(layout: Any, calls: list[str]) -> None:
+    lora = {
+        "rank_pattern": {"q_proj": 40, "k_proj": 3},
+        "alpha_pattern": {"q_proj": 80, "k_proj": 6, "down_proj": 1, "o_proj": 5},
+    }
+    batch = layout(rows(7))
+    found = learned(trained(FastPaths(), **lora), batch)
+    assert len(calls) == 6
+    same(found, learned(trained(FastPaths(layers=False), **lora), batch))
+
+
+@TILES
+def test_activation_checkpointing_computes_layers_again(calls: list[str]) -> None:
+    results = []
+    for count in ("all", 0):
+        model = trained(FastPaths())
+        assert checkpoint_layers(model, count) == {"all": 2, 0: 0}[count]  # never the last one
+        results.append(learned(model, tree_batch(rows())))
+    same(*results)
+    assert calls.count("decoder_layer") == 3 + 2 + 3
+
+
+@TILES
+def test_a_factor_that_is_exchanged_or_written_to_is_used_as_it_is_now(calls: list[str]) -> None:
+    results, batch = [], tree_batch(rows())
+    for on in (True, False):
+        model = trained(FastPaths(layers=on))
+        learned(model, batch)
+        model.zero_grad()
+        layer = model.model.layers[1].mlp.up_proj
+        layer.lora_A.data = layer.lora_A.data * 2
+        model.model.layers[0].self_attn.o_proj.lora_B.data.mul_(3)
+        results.append(learned(model, batch))
+    same(*results)
+    assert len(calls) == 12
+
+
+@TILES
+def test_weights_may_not_be_written_to_between_the_two_ways() -> None:
+    model = trained(FastPaths())
+    loss = model(input_ids=torch.arange(5, 45)[None], use_cache=False).logits.float().sum()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.lora_A.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@TILES
+def test_copies_have_their_own_weights(calls: list[str]) -> None:
+    model = trained(FastPaths())
+    other = copy.deepcopy(model)
+    for layer in lora_layers(other).values():
+        layer.lora_B.data.zero_()
+    batch = tree_batch(rows())
+    assert float(learned(model, batch)["loss"]) != float(learned(other, batch)["loss"])
+    assert len(calls) == 12
+
+
+def _hook(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
+
+
+def _merge(model: Any) -> None:
+    model.model.layers[1].self_attn.q_proj.merge()
+
+
+def _plain(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj = mlp.down_proj.plain
+
+
+def _drop(model: Any) -> None:
+    model.model.layers[1].mlp.down_proj.lora_dropout = torch.nn.Dropout(0.5)
+
+
+def _learn(model: Any) -> None:
+    model.model.layers[1].input_layernorm.weight.requires_grad_()
+
+
+def _widen(model: Any) -> None:
+    layer = model.model.layers[1].self_attn.o_proj
+    layer.lora_A.data = layer.lora_A.data.double()
+
+
+def _rescale(model: Any) -> None:
+    model.model.layers[1].self_attn.q_proj.rescale(0.5)
+
+
+@TILES
+@pytest.mark.parametrize("change", [_hook, _merge, _plain, _drop, _learn, _rescale], ids=lambda f: f.__name__)
+def test_a_layer_that_is_no_more_what_it_was_goes_the_other_way(change: Any, calls: list[str]) -> None:
+    results, batch = [], tree_batch(rows())
+    for on in (True, False):
+        model = trained(FastPaths(layers=on))
+        if on:
+            learned(model, batch)  # it was served before
+            model.zero_grad()
+            calls.clear()
+        change(model)
+        torch.manual_seed(3)
+        results.append(learned(model, batch))
+    same(*results)
+    assert calls.count("decoder_layer") == 2
+
+
+@TILES
+@pytest.mark.parametrize(
+    "paths",
+    [FastPaths(layers=False), FastPaths(tiles=False), FastPaths(kernels=False), FastPaths(grouped=False), FastPaths(linear=False),
+     FastPaths(norm=False), FastPaths(attention=False), FastPaths.none()],
+    ids=["layers", "tiles", "kernels", "grouped", "linear", "norm", "attention", "none"],
+)  # fmt: skip
+def test_switches_leave_the_layer_alone(paths: FastPaths, calls: list[str]) -> None:
+    model = trained(paths)
+    learned(model, tree_batch(rows()))
+    assert not calls
+
+
+@TILES
+def test_switching_off_puts_the_layers_own_way_back(calls: list[str]) -> None:
+    model = trained(FastPaths())
+    choose_arithmetic(model, FastPaths(layers=False))
+    learned(model, tree_batch(rows()))
+    assert not calls
+    choose_arithmetic(model, FastPaths())
+    learned(model, tree_batch(rows()))
+    assert len(calls) == 6
+
+
+@TILES
+def test_few_tokens_autocast_caches_and_other_masks_go_the_other_way(calls: list[str]) -> None:
+    model = trained(FastPaths())
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        model(input_ids=ids[:, :20], use_cache=False)
+        model(input_ids=ids, use_cache=True)
+        mask = torch.ones_like(ids)
+        mask[:, :3] = 0
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=ids, use_cache=False)
+        model.float()(input_ids=ids, use_cache=False)
+    assert not calls
+    model.bfloat16()
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    assert len(calls) == 3
+
+
+@TILES
+def test_parts_of_memory_do_not_overlap() -> None:
+    for into, widen in ((3, 2), (1, 1)):
+        shape = Shape(64, 4, 2, 32, 96, into, widen)
+        ranks = (8,) * (into + widen + 2)
+        at, M = Places(45, shape, ranks), 45
+        states = 2 * M * shape.D * 4
+        firsts = sorted([at.y, at.into[0], at.attended, at.sums, at.inverse, *at.slim[:2], 2 * at.of_attention])
+        sizes = {at.y: 2 * M * 64, at.into[0]: states, at.attended: 2 * M * 128, at.sums: 4 * M * 4, at.inverse: 4 * M}
+        for first, following in itertools.pairwise(firsts):
+            assert first % 64 == 0 and first + sizes.get(first, 1) <= following
+        assert at.d_gate >= 2 * M * 128 and at.d_hidden >= at.d_gate + 2 * M * 2 * 96
+        assert at.room_back < 2 * at.backward and at.room < 2 * at.forward
