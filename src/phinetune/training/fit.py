@@ -5,6 +5,7 @@ The model arrives with its trainable parameters in place; how they are saved and
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from phinetune.events import Note, OnEvent, log_event
 from phinetune.garbage import old_objects_left_alone
 from phinetune.model.fast import FastPaths
 from phinetune.training.trainer import AdapterTrainer, EventCallback, is_whole, last_checkpoint
+from phinetune.training.walks import few_walks
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -75,7 +77,8 @@ def fit(
         on_event(Note(f"training: going on from {checkpoint.name}"))
     start = time.perf_counter()
     try:
-        with old_objects_left_alone():
+        alone = trainer.accelerator.num_processes == 1  # wrappers that share a model out exchange its parameters
+        with old_objects_left_alone(), few_walks(model) if alone else contextlib.nullcontext():
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise TrainingError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,5 +93,20 @@ def only_rows(module: nn.Module | None, positions: Tensor) -> Iterator[None]:
 
 def recomputed(model: Any, module: nn.Module | None) -> bool:
     """True if `module` lies in a part of `model` that is computed again for the backward pass (activation checkpointing)."""
-    parts = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    return model.training and any(inside is module for part in parts for inside in part.modules())
+    if module is None or not model.training:
+        return False
+    return any(getattr(part, "gradient_checkpointing", False) for part in _around(model, module))
+
+
+def _around(model: nn.Module, module: nn.Module) -> list[nn.Module]:
+    """The parts of `model` that `module` lies in; looked for once."""
+    known = _AROUND.get(module)
+    if known is None or known[0]() is not model:
+        found = [part for part in model.modules() if any(inside is module for inside in part.modules())]
+        known = _AROUND[module] = weakref.ref(model), [weakref.ref(part) for part in found]
+    return [part for ref in known[1] if (part := ref()) is not None]
+
+
+_AROUND: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], list[weakref.ref[nn.Module]]]] = (
+    weakref.WeakKeyDictionary()
+)
