@@ -12,13 +12,16 @@ from torch import Tensor
 
 from phinetune.data.batches import padded_batch, tree_batch
 from phinetune.events import OnEvent
-from phinetune.lora import decoder, tiles
+from phinetune.lora import decoder, decoder_join, tiles
 from phinetune.lora.arithmetic import choose_arithmetic
 from phinetune.lora.config import LoraConfig
+from phinetune.lora.decoder_join import is_packed
 from phinetune.lora.decoder_memory import Places, Shape
 from phinetune.lora.injection import inject, lora_layers
 from phinetune.model.fast import FastPaths, speed_up
+from phinetune.model.load import LoadPlan
 from phinetune.training.checkpointing import checkpoint_layers
+from phinetune.training.estimate import StepEstimator, StepSettings
 from phinetune.training.loss import supervised_loss
 from zoo import zoo_model
 
@@ -253,6 +256,125 @@ def test_few_tokens_autocast_caches_and_other_masks_go_the_other_way(calls: list
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     assert len(calls) == 3
+
+
+@TILES
+@LAYOUTS
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_packed_weights_give_the_same_bits(kind: str, layout: Any, calls: list[str]) -> None:
+    results = []
+    for packed in (True, False):
+        model = trained(FastPaths(packed=packed), kind)
+        assert is_packed(model) is packed and not any("packed" in name for name in model.state_dict())
+        results.append(learned(model, layout(rows())))
+    same(*results)
+    assert len(calls) == 12
+
+
+@TILES
+def test_packed_weights_of_many_widths_and_depths_give_the_same_bits() -> None:
+    for out, width in (([96], 32), ([32, 64, 160], 96), ([1120, 32], 64), ([64], 1184), ([1088, 1088], 1056)):
+        torch.manual_seed(out[0])
+        W, A, B = ([torch.randn(n, k) for n in out] for k in (width, 1, 1))
+        W, A, B = [w.bfloat16() for w in W], [torch.randn(8, width) for _ in out], [torch.randn(n, 8) for n in out]
+        x, g = torch.randn(45, width).bfloat16(), [torch.randn(45, n).bfloat16() for n in out]
+        *expected, down, room = tiles.lora_products(x, W, A, B, 0.5)
+        *expected_back, _ = tiles.lora_products_backward(x, down, g, W, A, B, 0.5, True)
+        copies = [tiles.pack(w) for w in W]
+        places = [(c[0].data_ptr(), c[1].data_ptr()) for c in copies]
+        pointers = [[t.data_ptr() for t in tensors] for tensors in (W, A, B)]
+        of = tiles.operands_at(width, out, [8] * len(out), *pointers, 0.5, True, places)
+        found = [torch.empty_like(t) for t in (*expected, *expected_back)]
+        at, n = [t.data_ptr() for t in found], len(out)
+        sizes = [tiles.numbers_of_room(45, width, 32 * n, tuple(out), back) for back in (False, True)]
+        room = torch.empty(max(sizes), dtype=torch.bfloat16)
+        tiles.multiply(45, x.data_ptr(), of, at[:n], down.data_ptr(), room.data_ptr())
+        gradients = [t.data_ptr() for t in g]
+        tiles.multiply_back(
+            45,
+            x.data_ptr(),
+            of,
+            down.data_ptr(),
+            gradients,
+            at[n],
+            at[n + 1 : 2 * n + 1],
+            at[2 * n + 1 :],
+            room.data_ptr(),
+        )
+        for one, other in zip(found, (*expected, *expected_back), strict=True):
+            assert torch.equal(one, other)
+
+
+@TILES
+def test_copies_are_left_alone_once_the_weight_is_another(calls: list[str]) -> None:
+    def learned_after(packed: bool, change: Any) -> dict[str, Tensor]:
+        model = trained(FastPaths(packed=packed))
+        with torch.no_grad():
+            change(model.model.layers[1].mlp.up_proj)
+        return learned(model, tree_batch(rows()))
+
+    def other(layer: Any) -> None:
+        layer.weight.data = layer.weight.data * 2
+
+    def written(layer: Any) -> None:
+        layer.weight.mul_(2)
+
+    for change in (other, written):
+        same(learned_after(True, change), learned_after(False, change))
+    model = trained(FastPaths(packed=True))
+    copied = copy.deepcopy(model)
+    for layer in lora_layers(copied).values():
+        layer.weight.data.mul_(2)
+    expected = copy.deepcopy(copied)
+    choose_arithmetic(expected, FastPaths(packed=False))
+    assert not is_packed(expected)
+    same(learned(copied, tree_batch(rows())), learned(expected, tree_batch(rows())))
+
+
+@TILES
+def test_what_tiles_cannot_take_is_not_packed(calls: list[str]) -> None:
+    for shape in ((48, 64), (64, 48)):
+        with pytest.raises(ValueError, match="tiles do not take"):
+            tiles.pack(torch.zeros(shape, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="tiles do not take"):
+        tiles.pack(torch.zeros(64, 64))
+    for options, dtype in (({"intermediate_size": 48}, torch.bfloat16), ({}, torch.float32)):
+        model = speed_up(zoo_model("llama", **{**WIDE, **options}).to(dtype), FastPaths(packed=True), quiet)
+        inject(model, LoraConfig(r=8, target_modules="all-linear"), on_event=quiet)
+        choose_arithmetic(model, FastPaths(packed=True))
+        assert not is_packed(model)
+        model(input_ids=torch.arange(5, 45)[None], use_cache=False)
+    assert not calls
+
+
+def test_large_models_are_not_packed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    if tiles.library() is None:
+        pytest.skip("a processor without AMX, or no compiler at installation")
+    copies = 3 * 4 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
+    for memory, packed in ((16 * copies, True), (16 * copies - 16, False), (None, False)):
+        monkeypatch.setattr(decoder_join, "main_memory", lambda memory=memory: memory)
+        assert is_packed(trained(FastPaths())) is packed
+    assert is_packed(trained(FastPaths(packed=True)))
+
+
+@TILES
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_planner_counts_the_copies_and_all_arithmetic(packed: bool) -> None:
+    paths = FastPaths(packed=packed)
+    config, batch = zoo_model("llama", **WIDE).config, tree_batch(rows())
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    load = LoadPlan(torch.bfloat16, torch.device("cpu"))
+    estimators = [
+        StepEstimator(StepSettings(config, load, lora, fast_paths=p)) for p in (paths, FastPaths(layers=False))
+    ]
+    copies = 2 * 2 * 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
+    assert estimators[0].weights - estimators[1].weights == packed * copies
+    joined, apart = (estimator(batch) for estimator in estimators)
+    assert joined.flops == apart.flops
+    names = {str(call.operator) for call in joined.calls}
+    assert {"phinetune.decoder_layer.default", "phinetune.decoder_layer_backward.default"} <= names
+    kept = joined.peak.parts["activations"] / apart.peak.parts["activations"]
+    assert 0.9 < kept < 1.3  # parts begin at cache lines, and what one call needs meanwhile is in it
 
 
 @TILES

@@ -30,4 +30,4 @@ def choose_arithmetic(model: nn.Module, paths: FastPaths) -> None:
         share_inputs(model, by_tiles)
     part_layers(model)
     if by_tiles and paths.grouped and paths.layers:
-        join_layers(model)
+        join_layers(model, paths.packed)

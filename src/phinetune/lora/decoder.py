@@ -13,6 +13,7 @@ Not here: which layers are computed so, and when (`decoder_join.py`); the arithm
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,12 +29,14 @@ from phinetune.model import attention_tiles, kernels
 class How(NamedTuple):
     """What a layer is told besides tensors: its shape, the batch's entries as `attention_tiles.attention_rows` takes them, and numbers.
 
-    numbers: the two normalizations' eps, the scores' scale, then s = alpha / r of the four calls.
+    numbers: the two normalizations' eps, the scores' scale, then s = alpha / r of the four calls. packed: what `tiles.pack` made of each
+    weight, or nothing.
     """
 
     shape: Shape
     entries: tuple[int, ...]
     numbers: tuple[float, ...]
+    packed: tuple[Tensor, ...]
 
 
 class DecoderFunction(torch.autograd.Function):
@@ -80,7 +83,7 @@ def _forward_results(
 
 def _backward_results(
     grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, a: Any, m: Any, norms: Any, W: Any, A: Any, B: Any, shape: Any,
-    entries: Any, numbers: Any, of_x: bool,
+    entries: Any, numbers: Any, packed: Any, of_x: bool,
 ) -> list[Tensor]:  # fmt: skip
     like = [x, *A, *B] if of_x else [*A, *B]
     return [*(torch.empty_like(t) for t in like), x.new_empty(_places(x, shape, A)[2].backward)]
@@ -88,69 +91,70 @@ def _backward_results(
 
 @kernels.operator(
     "decoder_layer(Tensor x, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] W, Tensor[] A, Tensor[] B, int[] shape, int[] entries, "
-    "float[] numbers) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float[] numbers, Tensor[] packed) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward_results,
 )
 def decoder_layer(
     x: Tensor, cos: Tensor, sin: Tensor, norms: Sequence[Tensor], W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor],
-    shape: Sequence[int], entries: Sequence[int], numbers: Sequence[float],
+    shape: Sequence[int], entries: Sequence[int], numbers: Sequence[float], packed: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The layer's result, the two blocks that the way back needs, and the room used. Arguments as DecoderFunction and How have them."""
     whole, M, at = _places(x, shape, A)
     results = _forward_results(x, cos, sin, norms, W, A, B, shape)
     X, result, one, two, room = x.data_ptr(), *(t.data_ptr() for t in results)
-    of = _operands(whole, W, A, B, numbers)
+    of = _operands(whole, W, A, B, numbers, packed)
     library, h, w = kernels.library(), whole.hidden, [t.data_ptr() for t in norms]
     library.rms_norm(X, None, w[0], None, one + at.y, one + at.inverse, M, h, numbers[0], 0)
-    tiles.multiply(M, h, one + at.y, of[INTO], [one + to for to in at.into], one + at.slim[INTO], room + at.room)
+    tiles.multiply(M, one + at.y, of[INTO], [one + to for to in at.into], one + at.slim[INTO], room + at.room)
     states = one + at.q, one + at.k, one + at.v
     attention_tiles.attend(
         _heads(whole, M, cos, entries, numbers),
         (*states, cos.data_ptr(), sin.data_ptr(), one + at.attended, one + at.sums),
     )
-    tiles.multiply(
-        M, whole.heads * whole.D, one + at.attended, of[OUT], [room + at.out], one + at.slim[OUT], room + at.room
-    )
+    tiles.multiply(M, one + at.attended, of[OUT], [room + at.out], one + at.slim[OUT], room + at.room)
     library.rms_norm(X, room + at.out, w[1], two + at.total, two + at.z, two + at.inverse_total, M, h, numbers[1], 0)
-    tiles.multiply(M, h, two + at.z, of[WIDEN], [two + to for to in at.widen], two + at.slim[WIDEN], room + at.room)
+    tiles.multiply(M, two + at.z, of[WIDEN], [two + to for to in at.widen], two + at.slim[WIDEN], room + at.room)
     gate, up, stride = two + at.gate, two + at.up, at.wide_stride
     library.silu_gate(gate, stride, up, stride, two + at.inner, M, whole.inner, 0)
-    tiles.multiply(M, whole.inner, two + at.inner, of[NARROW], [result], two + at.slim[NARROW], room + at.room)
+    tiles.multiply(M, two + at.inner, of[NARROW], [result], two + at.slim[NARROW], room + at.room)
     results[0].add_(results[2][at.total // 2 :][: M * h].view(x.shape))
     return results
 
 
 @kernels.operator(
     "decoder_layer_backward(Tensor grad, Tensor x, Tensor cos, Tensor sin, Tensor of_attention, Tensor of_mlp, Tensor[] norms, Tensor[] W, "
-    "Tensor[] A, Tensor[] B, int[] shape, int[] entries, float[] numbers, bool of_x) -> Tensor[]",
+    "Tensor[] A, Tensor[] B, int[] shape, int[] entries, float[] numbers, Tensor[] packed, bool of_x) -> Tensor[]",
     _backward_results,
 )
 def decoder_layer_backward(
     grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, of_attention: Tensor, of_mlp: Tensor, norms: Sequence[Tensor], W: Sequence[Tensor],
-    A: Sequence[Tensor], B: Sequence[Tensor], shape: Sequence[int], entries: Sequence[int], numbers: Sequence[float], of_x: bool,
+    A: Sequence[Tensor], B: Sequence[Tensor], shape: Sequence[int], entries: Sequence[int], numbers: Sequence[float], packed: Sequence[Tensor],
+    of_x: bool,
 ) -> list[Tensor]:  # fmt: skip
     """dL/dx, if `of_x`, then dL/dA of each projection, then dL/dB, then the room used, for grad = dL/d(result), contiguous."""
     whole, M, at = _places(x, shape, A)
-    found = _backward_results(grad, x, cos, sin, of_attention, of_mlp, norms, W, A, B, shape, entries, numbers, of_x)
+    found = _backward_results(
+        grad, x, cos, sin, of_attention, of_mlp, norms, W, A, B, shape, entries, numbers, packed, of_x
+    )
     pointers, n, h = [t.data_ptr() for t in found], len(W), whole.hidden
     dA, dB, room = pointers[-2 * n - 1 : -n - 1], pointers[-n - 1 : -1], pointers[-1]
     X, g, one, two = x.data_ptr(), grad.data_ptr(), of_attention.data_ptr(), of_mlp.data_ptr()
-    of = _operands(whole, W, A, B, numbers)
+    of = _operands(whole, W, A, B, numbers, packed)
     library, w = kernels.library(), [t.data_ptr() for t in norms]
 
-    def back(call: int, width: int, X: int, slim: int, G: Sequence[int], dX: int) -> None:
+    def back(call: int, X: int, slim: int, G: Sequence[int], dX: int) -> None:
         own = whole.projections(call)
-        tiles.multiply_back(M, width, X, of[call], slim, G, dX, dA[own], dB[own], room + at.room_back)
+        tiles.multiply_back(M, X, of[call], slim, G, dX, dA[own], dB[own], room + at.room_back)
 
     narrow, hidden, total = room + at.d_narrow, room + at.d_hidden, room + at.d_total
-    back(NARROW, whole.inner, two + at.inner, two + at.slim[NARROW], [g], narrow)
+    back(NARROW, two + at.inner, two + at.slim[NARROW], [g], narrow)
     gate, up, stride = two + at.gate, two + at.up, at.wide_stride
     library.silu_gate_backward(
         narrow, gate, stride, up, stride, room + at.d_gate, room + at.d_up, stride, M, whole.inner, 0
     )
-    back(WIDEN, h, two + at.z, two + at.slim[WIDEN], [room + to for to in at.d_widen], hidden)
+    back(WIDEN, two + at.z, two + at.slim[WIDEN], [room + to for to in at.d_widen], hidden)
     library.rms_norm_backward(hidden, two + at.total, w[1], two + at.inverse_total, g, total, M, h, 0)
-    back(OUT, whole.heads * whole.D, one + at.attended, one + at.slim[OUT], [total], narrow)
+    back(OUT, one + at.attended, one + at.slim[OUT], [total], narrow)
     heads = _heads(whole, M, cos, entries, numbers)
     states, d_states = (one + at.q, one + at.k, one + at.v), (room + at.d_q, room + at.d_k, room + at.d_v)
     attention_tiles.attend_back(
@@ -158,19 +162,38 @@ def decoder_layer_backward(
         (*states, cos.data_ptr(), sin.data_ptr(), one + at.attended, one + at.sums, narrow, *d_states),
         heads.strides,
     )
-    back(INTO, h, one + at.y, one + at.slim[INTO], [room + to for to in at.d_into], hidden if of_x else 0)
+    back(INTO, one + at.y, one + at.slim[INTO], [room + to for to in at.d_into], hidden if of_x else 0)
     if of_x:
         library.rms_norm_backward(hidden, X, w[0], one + at.inverse, total, pointers[0], M, h, 0)
     return found
 
 
 def _operands(
-    shape: Shape, W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], numbers: Sequence[float]
+    shape: Shape,
+    W: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    numbers: Sequence[float],
+    packed: Sequence[Tensor],
 ) -> list[tiles.Operands]:
-    return [
-        tiles.operands(W[own], A[own], B[own], numbers[3 + call])
-        for call, own in enumerate(map(shape.projections, CALLS))
-    ]
+    of_W, of_A, of_B, copies = (tuple(t.data_ptr() for t in tensors) for tensors in (W, A, B, packed))
+    wide = tuple(A[shape.projections(call).start].dtype is torch.float32 for call in CALLS)
+    return _told(shape, tuple(a.shape[0] for a in A), wide, of_W, of_A, of_B, tuple(numbers[3:]), copies)
+
+
+@functools.lru_cache(maxsize=4096)  # the same for a layer from step to step
+def _told(
+    shape: Shape, ranks: tuple[int, ...], wide: tuple[bool, ...], W: tuple[int, ...], A: tuple[int, ...], B: tuple[int, ...],
+    scalings: tuple[float, ...], packed: tuple[int, ...],
+) -> list[tiles.Operands]:  # fmt: skip
+    widths, inputs, found = shape.widths(), shape.inputs(), []
+    for call in CALLS:
+        own, K = shape.projections(call), inputs[call]
+        copies = [(at, at + 2 * N * K) for at, N in zip(packed[own], widths[own], strict=False)]
+        found.append(
+            tiles.operands_at(K, widths[own], ranks[own], W[own], A[own], B[own], scalings[call], wide[call], copies)
+        )
+    return found
 
 
 def _heads(
@@ -193,7 +216,7 @@ def _forward_flops(
 @register_flop_formula(torch.ops.phinetune.decoder_layer_backward)
 def _backward_flops(
     grad: Any, x: Any, cos: Any, sin: Any, a: Any, m: Any, norms: Any, W: Any, A: Any, B: Any, shape: Any, entries: Any, numbers: Any,
-    of_x: bool, *_: Any, **__: Any,
+    packed: Any, of_x: bool, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     rows, whole = int(x[0] * x[1]), Shape(*shape)
     first = whole.projections(INTO).stop

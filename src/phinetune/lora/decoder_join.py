@@ -15,13 +15,17 @@ from torch.nn.modules.module import _has_any_global_hook
 from phinetune.lora import tiles
 from phinetune.lora.decoder import DecoderFunction, How
 from phinetune.lora.decoder_memory import CALLS, Shape
+from phinetune.lora.frozen import is_quantized
 from phinetune.lora.group import ordinary, plain_layer
 from phinetune.lora.linear import Linear
 from phinetune.model import attention_tiles, gated, kernels, residual, rotary
 from phinetune.model.attention import is_tree
+from phinetune.model.compute import main_memory
 from phinetune.model.fast import TREES
 from phinetune.model.norm import RMSNorm
 
+_SHARE_FOR_COPIES = 16
+"""Weights are packed where that takes no more than one part in so many of main memory."""
 _INTO = ("qkv_proj",), ("q_proj", "k_proj", "v_proj")
 _WIDEN = ("gate_up_proj",), ("gate_proj", "up_proj")
 
@@ -35,6 +39,7 @@ class DecoderLayer:
         self.forwards = [(part, vars(part)["forward"]) for part in (parts[1][2], parts[3][2])]
         self.norms: list[RMSNorm] = [parts[0][2], parts[2][2]]
         self._served: tuple[int, ...] = ()
+        self._made_of: list[tuple[int, int]] = []
 
     def forward(self, module: Any, x: Tensor, **kwargs: Any) -> Tensor:
         """As `residual.layer`, in one function where that can be."""
@@ -64,7 +69,12 @@ class DecoderLayer:
         scalings, tensors = self._scalings(), self._tensors()
         if scalings is None or tensors is None:
             return None
-        how = How(shape, entries, (self.norms[0].eps, self.norms[1].eps, attention.scaling, *scalings))
+        how = How(
+            shape,
+            entries,
+            (self.norms[0].eps, self.norms[1].eps, attention.scaling, *scalings),
+            self._packed(tensors[2 : 2 + len(self.layers)]),
+        )
         cos, sin = (a.expand(B, T, -1).reshape(B * T, -1) for a in (cos, sin))
         result: Tensor = DecoderFunction.apply(how, x, cos, sin, *tensors)  # type: ignore[no-untyped-call]
         return result
@@ -106,6 +116,38 @@ class DecoderLayer:
                 return None
             self._served = now
         return tensors
+
+    def pack(self) -> None:
+        """Keep the weights, twice more, as `tiles.pack` lays them out; the copies are buffers of the layers that no file holds.
+
+        Only of a layer that is `servable`.
+        """
+        for layer in self.layers:
+            layer.register_buffer("packed", tiles.pack(layer.weight.detach()), persistent=False)
+        self._made_of = [_state(layer.weight) for layer in self.layers]
+
+    def servable(self) -> bool:
+        """True for weights that tiles can take, with numbers in main memory or without any."""
+        return all(
+            w.dtype is torch.bfloat16 and w.is_contiguous() and w.shape[0] % 32 == w.shape[1] % 32 == 0 and not is_quantized(w)
+            and w.device.type in ("cpu", "meta")
+            for w in (layer.weight for layer in self.layers)
+        )  # fmt: skip
+
+    def unpack(self) -> None:
+        """Forget what `pack` made."""
+        for layer in self.layers:
+            layer._buffers.pop("packed", None)
+
+    def _packed(self, weights: list[Any]) -> tuple[Tensor, ...]:
+        """What `pack` made of all `weights`; nothing where it did not, or where they are not what it was made of."""
+        found = [packed for layer in self.layers if (packed := layer._buffers.get("packed")) is not None]
+        if len(found) < len(weights) or not all(p.dtype is torch.bfloat16 and kernels.plain(p) for p in found):
+            return ()
+        without_numbers = not any(
+            lies for lies, _ in self._made_of
+        )  # made of nothing yet, to be timed or followed only
+        return tuple(found) if without_numbers or self._made_of == [_state(w) for w in weights] else ()
 
     def _serves(self, tensors: list[Any]) -> bool:
         n, norms = len(self.layers), tensors[:2]
@@ -155,19 +197,37 @@ def decoder_layer(module: Any) -> DecoderLayer | None:
     return DecoderLayer(parts, layers, shape)
 
 
-def join_layers(model: nn.Module) -> int:
-    """Let the decoder layers of `model` that can be be computed in one function; how many they are."""
+def join_layers(model: nn.Module, packed: bool | None) -> int:
+    """Let the decoder layers of `model` that can be be computed in one function; how many they are. packed: as `FastPaths` has it."""
     found = [(module, layer) for module in model.modules() if (layer := decoder_layer(module)) is not None]
     for module, layer in found:
         module.forward = functools.partial(residual.forward, module, compute=layer.forward)
+    packable = [layer for _, layer in found if packed is not False and layer.servable()]
+    copies = sum(2 * 2 * one.weight.numel() for layer in packable for one in layer.layers)
+    if packed or copies <= (main_memory() or 0) // _SHARE_FOR_COPIES:
+        for layer in packable:
+            layer.pack()
     return len(found)
 
 
 def part_layers(model: nn.Module) -> None:
     """The reverse of `join_layers`."""
     for module in model.modules():
-        if _computed_by(module, residual.forward):
+        layer = getattr(getattr(vars(module).get("forward"), "keywords", {}).get("compute"), "__self__", None)
+        if isinstance(layer, DecoderLayer):
+            layer.unpack()
             module.forward = functools.partial(residual.forward, module)
+
+
+def is_packed(model: nn.Module) -> bool:
+    """True if `join_layers` has packed weights."""
+    return any(type(module) is Linear and "packed" in module._buffers for module in model.modules())
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Where a weight lies, and how often it was written to; nothing of one without numbers."""
+    numbers = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
+    return (weight.data_ptr(), weight._version) if numbers else (0, 0)
 
 
 def _computed_by(module: Any, function: Any) -> bool:

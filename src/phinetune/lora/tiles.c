@@ -7,7 +7,8 @@
  * a block of 32 x 32 results stays in tile registers while it goes along W and the factors both, and is rounded once.
  *
  * Tiles load fastest from memory without gaps, so the left operands (X, G) are copied into blocks of 32 rows by 32 columns first, the last
- * rows filled up with zeros, and W is brought into the tiles' layout a panel of 32 columns at a time, on the way: nothing stays packed.
+ * rows filled up with zeros, and W is brought into the tiles' layout a panel of 32 columns at a time, on the way, unless it is there already
+ * (lora_pack): two more copies, one for each direction.
  *
  * Plain C over pointers, called by tiles.py, which makes the checks: X (M, K), G_i and Y_i (M, N_i), W_i (N_i, K) bfloat16, rows contiguous;
  * A_i (r_i, K), B_i (N_i, r_i) and their gradients float32 or bfloat16; K and N_i multiples of 32. D and U are blocked as X is, M and each
@@ -24,19 +25,21 @@ enum { DEEPEST = 1024 };    /* numbers that a block of results goes along before
 enum { PAST = 1 << 20 };    /* bytes of a result that are too many for a cache to hold until somebody reads them: they go past it */
 
 typedef struct {
-    int64_t M, K, n, R;
-    const half *X;
+    int64_t K, n, R; /* first what stays the same from call to call (tiles.py has it packed) */
     const half *W[MOST];
-    const half *G[MOST];
-    half *Y[MOST];
+    const half *packed[MOST]; /* W in the tiles' layout already, as lora_pack leaves it for this direction; null for all layers if it is not */
     const void *A[MOST];
     const void *B[MOST];
-    void *dA[MOST];
-    void *dB[MOST];
     int64_t N[MOST], r[MOST], at[MOST]; /* at: the first column in D and U */
-    half *D, *dX, *room; /* room: as much as lora_room says */
     float s;
     int wide; /* factors are float32 */
+    int64_t M;
+    const half *X;
+    const half *G[MOST];
+    half *Y[MOST];
+    void *dA[MOST];
+    void *dB[MOST];
+    half *D, *dX, *room; /* room: as much as lora_room says */
 } Layers;
 
 /* Results of 32 rows and one or two panels that wait to be rounded and stored: a row at each step of the next ones. The tiles' own stores take
@@ -154,6 +157,24 @@ WITH_TILES static void pack(const Layers *l, int back, Strip s, int64_t c, int64
     }
 }
 
+/* The same 32 x 32 numbers in the tiles' layout, where they are packed already; a column's next ones of the same layer follow. */
+static const half *packed_square(const Layers *l, int back, Strip s, int64_t c, int64_t k)
+{
+    if (!back) return l->packed[s.layer] + ((s.column + c) / 32 * l->K + k) * 32;
+    int64_t i = 0;
+    while (k >= l->N[i]) k -= l->N[i++];
+    return l->packed[i] + ((s.column + c) / 32 * l->N[i] + k) * 32;
+}
+
+/* Steps from depth k on, of `steps`, that are of one layer. */
+static int64_t of_one_layer(const Layers *l, int back, int64_t k, int64_t steps)
+{
+    int64_t i = 0;
+    if (!back) return steps;
+    while (k >= l->N[i]) k -= l->N[i++];
+    return (l->N[i] - k) / 32 < steps ? (l->N[i] - k) / 32 : steps;
+}
+
 /* The factors' part of a panel: A of all layers, or B of the strip's. */
 WITH_TILES static void pack_factors(const Layers *l, int back, Strip s, int64_t c, half *tiles, half *columns)
 {
@@ -222,7 +243,23 @@ typedef struct {
 WITH_TILES static void fetch_share(const Part *p, Strip s, int64_t b) /* of the next strip's weights, while block b is multiplied */
 {
     for (int64_t j = p->steps * b / p->blocks; j < p->steps * (b + 1) / p->blocks; j++)
-        for (int64_t c = 0; c < s.width; c += 32) fetch_soon(square(p->l, p->back, s, c, p->k + 32 * j), p->l->K);
+        for (int64_t c = 0; c < s.width; c += 32) {
+            if (p->l->packed[0]) fetch_soon(packed_square(p->l, p->back, s, c, p->k + 32 * j), 32);
+            else fetch_soon(square(p->l, p->back, s, c, p->k + 32 * j), p->l->K);
+        }
+}
+
+/* 32 rows of the left operand times 32 columns of the weights, as deep as the part is; `panel` holds them unless they are packed already. */
+WITH_TILES static void along_weights(const Part *p, Own *own, Strip s, int64_t c, const half *left, const half *panel, int lower)
+{
+    if (!p->l->packed[0]) {
+        along(left, panel, p->steps, lower, &own->waiting);
+        return;
+    }
+    for (int64_t done = 0, run; done < p->steps; done += run, left += 1024 * run) {
+        run = of_one_layer(p->l, p->back, p->k + 32 * done, p->steps - done);
+        along(left, packed_square(p->l, p->back, s, c, p->k + 32 * done), run, lower, &own->waiting);
+    }
 }
 
 WITH_TILES static void multiply_cell(const Part *p, Own *own, Strip s, int64_t cell)
@@ -235,7 +272,7 @@ WITH_TILES static void multiply_cell(const Part *p, Own *own, Strip s, int64_t c
         float *kept = p->sums + cell * 2048 + 32 * c;
         if (p->k) resume(kept, there > 16);
         else clear();
-        along(p->left + m * p->cuts.depth + 32 * p->k, panel, p->steps, there > 16, &own->waiting);
+        along_weights(p, own, s, c, p->left + m * p->cuts.depth + 32 * p->k, panel, there > 16);
         if (!p->last) {
             keep(kept, there > 16);
             continue;
@@ -259,7 +296,7 @@ WITH_TILES static void multiply_cells(const Part *p, Own *own, int64_t cell, int
         const Strip s = strip(p->l, p->back, at);
         for (int64_t c = 0; c < s.width; c += 32) {
             half *panel = own->panels + c * (p->cuts.deep + p->l->R);
-            pack(p->l, p->back, s, c, p->k, p->steps, panel);
+            if (!p->l->packed[0]) pack(p->l, p->back, s, c, p->k, p->steps, panel);
             if (p->last) pack_factors(p->l, p->back, s, c, panel + p->steps * 2 * TILE, own->columns);
         }
         for (; cell < end; cell++) {
@@ -443,13 +480,27 @@ WITH_TILES static int backward(const Layers *l)
     return failed;
 }
 
+/* W (N, K) in the tiles' layout, square after square, a panel of 32 columns of the product after the other: for X W', and for G W. */
+WITH_TILES static void pack_weights(const half *W, int64_t N, int64_t K, half *forward, half *back)
+{
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n += 32)
+        for (int64_t k = 0; k < K; k += 32) {
+            const half *from = W + n * K + k;
+            transpose_square(from, K, forward + (n * K + k * 32));
+            interleave(from, K, back + (k * N + n * 32), 32);
+        }
+}
+
 int tiles_usable(void) { return may_use_tiles(); }
+void lora_pack(const half *W, int64_t N, int64_t K, half *forward_to, half *back_to) { pack_weights(W, N, K, forward_to, back_to); }
 int lora_forward(const Layers *layers) { return forward(layers); }
 int lora_backward(const Layers *layers) { return backward(layers); }
 int64_t lora_room(const Layers *layers, int back) { return numbers_of_room(layers, back); }
 
 #else
 int tiles_usable(void) { return 0; }
+void lora_pack(const void *W, long long N, long long K, void *forward_to, void *back_to) { (void)W, (void)N, (void)K, (void)forward_to, (void)back_to; }
 int lora_forward(const void *layers) { return layers != 0; }
 int lora_backward(const void *layers) { return layers != 0; }
 long long lora_room(const void *layers, int back) { return layers != 0 && back; }

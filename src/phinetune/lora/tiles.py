@@ -32,31 +32,29 @@ FEWEST = 32
 """Rows that x has at least: one block of tiles."""
 
 
-_LAYERS = struct.Struct(f"5Q{7 * _MOST}Q{3 * _MOST}q3Qfi")
-"""`Layers` of tiles.c."""
+_SAME, _OF_CALL = struct.Struct(f"3q{4 * _MOST}Q{3 * _MOST}qfi"), struct.Struct(f"q{1 + 4 * _MOST + 3}Q")
+"""`Layers` of tiles.c: what stays the same from call to call, and the rest."""
 
 
 class Operands(NamedTuple):
-    """What tiles.c is told besides x: of each layer the addresses of W, A and B, its width and rank; then s, and whether factors are float32.
+    """Layers that share their input, as tiles.c is told of them: the part of `Layers` that stays the same, forward and backward."""
 
-    Ranks count filled up to multiples of 32, one layer's after the other's.
-    """
-
-    W: tuple[int, ...]
-    A: tuple[int, ...]
-    B: tuple[int, ...]
-    widths: tuple[int, ...]
-    ranks: tuple[int, ...]
-    scaling: float
-    wide: bool
+    forward: bytes
+    back: bytes
 
 
 @functools.cache
 def library() -> Any:
     """The built functions, loaded once; None where they were not built, or the processor or the system has no tiles for us."""
-    found = built_for_tiles(Path(__file__).with_name("_tiles"), "lora_forward", "lora_backward", "lora_room")
+    found = built_for_tiles(
+        Path(__file__).with_name("_tiles"), "lora_forward", "lora_backward", "lora_room", "lora_pack"
+    )
     if found is not None:
         found.lora_room.argtypes, found.lora_room.restype = (ctypes.c_void_p, ctypes.c_int), ctypes.c_int64
+        found.lora_pack.argtypes, found.lora_pack.restype = (
+            (*(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), *(ctypes.c_void_p,) * 2),
+            None,
+        )
     return found
 
 
@@ -142,47 +140,68 @@ def _room(x: Tensor, W: Sequence[Tensor], A: Sequence[Tensor], back: bool) -> Te
 @functools.lru_cache(maxsize=256)  # asked for at each call, of few shapes
 def numbers_of_room(M: int, K: int, R: int, N: tuple[int, ...], back: bool) -> int:
     """bfloat16 numbers that tiles.c puts aside for M rows of K, layers N wide and R ranks in all, filled up."""
-    layers = _LAYERS.pack(M, K, len(N), R, 0, *(0,) * 7 * _MOST, *_padded(N), *(0,) * 2 * _MOST, 0, 0, 0, 0.0, 0)
+    layers = operands_at(K, N, (R, *(0,) * (len(N) - 1)), (), (), (), 0.0, False).forward + _of_call(M)
     numbers: int = library().lora_room(layers, back)
     return numbers
 
 
-@functools.lru_cache(maxsize=1024)
-def _columns(ranks: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """(the ranks of all layers, filled up, together; the first column of each)."""
-    starts = tuple(sum(map(filled, ranks[:i])) for i in range(len(ranks) + 1))
-    return starts[-1], starts[:-1]
+def _of_call(
+    M: int, X: int = 0, G: Sequence[int] = (), Y: Sequence[int] = (), dA: Sequence[int] = (), dB: Sequence[int] = (),
+    D: int = 0, dX: int = 0, room: int = 0,
+) -> bytes:  # fmt: skip
+    return _OF_CALL.pack(M, X, *_padded(G), *_padded(Y), *_padded(dA), *_padded(dB), D, dX, room)
 
 
 def _padded(values: Sequence[int]) -> tuple[int, ...]:
-    return (*values, *(0,) * (_MOST - len(values)))
+    return (*values, *_NONE[len(values) :])
 
 
-def multiply(M: int, K: int, X: int, of: Operands, Y: Sequence[int], D: int, room: int) -> None:
-    """Y_i (M, out_i) = X W_iᵀ + s D_i B_iᵀ, and D, (M and ranks filled up), at these addresses; X (M, K), rows contiguous."""
-    R, at = _columns(of.ranks)
-    _run(library().lora_forward, _LAYERS.pack(
-        M, K, len(of.W), R, X, *_padded(of.W), *_padded(()), *_padded(Y), *_padded(of.A), *_padded(of.B), *_padded(()), *_padded(()),
-        *_padded(of.widths), *_padded(of.ranks), *_padded(at), D, 0, room, of.scaling, of.wide,
-    ))  # fmt: skip
+_NONE = (0,) * _MOST
 
 
-def multiply_back(
-    M: int, K: int, X: int, of: Operands, D: int, G: Sequence[int], dX: int, dA: Sequence[int], dB: Sequence[int], room: int
-) -> None:  # fmt: skip
-    """dX (M, K), if its address is not 0, dA_i and dB_i, for G_i (M, out_i) and what `multiply` took and gave."""
-    R, at = _columns(of.ranks)
-    _run(library().lora_backward, _LAYERS.pack(
-        M, K, len(of.W), R, X, *_padded(of.W), *_padded(G), *_padded(()), *_padded(of.A), *_padded(of.B), *_padded(dA), *_padded(dB),
-        *_padded(of.widths), *_padded(of.ranks), *_padded(at), D, dX, room, of.scaling, of.wide,
-    ))  # fmt: skip
+def operands_at(
+    K: int, N: Sequence[int], ranks: Sequence[int], W: Sequence[int], A: Sequence[int], B: Sequence[int], scaling: float, wide: bool,
+    packed: Sequence[tuple[int, int]] = (),
+) -> Operands:  # fmt: skip
+    """Of layers that share an input of K columns: their widths, ranks, the addresses of their tensors. wide: factors are float32. packed: where
+    the copies lie that `pack` made of each W; without, W is packed on the way."""
+    at = [sum(map(filled, ranks[:i])) for i in range(len(ranks))]
+
+    def one_way(copies: Sequence[int]) -> bytes:
+        pointers = (*_padded(W), *_padded(copies), *_padded(A), *_padded(B))
+        R = sum(map(filled, ranks))
+        return _SAME.pack(K, len(N), R, *pointers, *_padded(N), *_padded(ranks), *_padded(at), scaling, wide)
+
+    return Operands(one_way([forward for forward, _ in packed]), one_way([back for _, back in packed]))
 
 
 def operands(W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scaling: float) -> Operands:
-    """Of layers that share their input, as `usable` looks at them."""
-    of_W, of_A, of_B = (tuple(t.data_ptr() for t in tensors) for tensors in (W, A, B))
-    widths, ranks = tuple(w.shape[0] for w in W), tuple(a.shape[0] for a in A)
-    return Operands(of_W, of_A, of_B, widths, ranks, scaling, A[0].dtype is torch.float32)
+    """The same of tensors, as `usable` looks at them."""
+    of_W, of_A, of_B = ([t.data_ptr() for t in tensors] for tensors in (W, A, B))
+    N, ranks = [len(w) for w in W], [len(a) for a in A]
+    return operands_at(W[0].shape[1], N, ranks, of_W, of_A, of_B, scaling, A[0].dtype is torch.float32)
+
+
+def pack(W: Tensor) -> Tensor:
+    """W (out, in), both multiples of 32, twice: (2, out, in) in the layouts in which tiles want it forward and backward."""
+    if W.dtype is not torch.bfloat16 or W.shape[0] % 32 or W.shape[1] % 32 or not W.is_contiguous():
+        raise ValueError(f"tiles do not take a weight of shape {tuple(W.shape)} in {W.dtype}")
+    packed = W.new_empty(2, *W.shape)
+    if W.device.type == "cpu" and type(W) in (Tensor, torch.nn.Parameter):
+        library().lora_pack(W.data_ptr(), *W.shape, packed[0].data_ptr(), packed[1].data_ptr())
+    return packed
+
+
+def multiply(M: int, X: int, of: Operands, Y: Sequence[int], D: int, room: int) -> None:
+    """Y_i (M, out_i) = X W_iᵀ + s D_i B_iᵀ, and D, (M and ranks filled up), at these addresses; X (M, in), rows contiguous."""
+    _run(library().lora_forward, of.forward + _of_call(M, X, Y=Y, D=D, room=room))
+
+
+def multiply_back(
+    M: int, X: int, of: Operands, D: int, G: Sequence[int], dX: int, dA: Sequence[int], dB: Sequence[int], room: int
+) -> None:
+    """dX (M, in), if its address is not 0, dA_i and dB_i, for G_i (M, out_i) and what `multiply` took and gave."""
+    _run(library().lora_backward, of.back + _of_call(M, X, G, (), dA, dB, D, dX, room))
 
 
 @operator("lora_products(Tensor x, Tensor[] W, Tensor[] A, Tensor[] B, float scaling) -> Tensor[]", _forward_results)
@@ -195,9 +214,7 @@ def lora_products(
     """
     *Y, down, room = _forward_results(x, list(W), list(A), list(B), scaling)
     results = [y.data_ptr() for y in Y]
-    multiply(
-        _rows(x.shape), x.shape[-1], x.data_ptr(), operands(W, A, B, scaling), results, down.data_ptr(), room.data_ptr()
-    )
+    multiply(_rows(x.shape), x.data_ptr(), operands(W, A, B, scaling), results, down.data_ptr(), room.data_ptr())
     return [*Y, down, room]
 
 
@@ -212,7 +229,7 @@ def lora_products_backward(
     *found, room = _backward_results(x, down, list(g), W, list(A), list(B), scaling, of_x)
     pointers, n = [t.data_ptr() for t in found], len(W)
     multiply_back(
-        _rows(x.shape), x.shape[-1], x.data_ptr(), operands(W, A, B, scaling), down.data_ptr(), [t.data_ptr() for t in g],
+        _rows(x.shape), x.data_ptr(), operands(W, A, B, scaling), down.data_ptr(), [t.data_ptr() for t in g],
         pointers[0] if of_x else 0, pointers[-2 * n : -n], pointers[-n:], room.data_ptr(),
     )  # fmt: skip
     return [*found, room]

@@ -114,23 +114,32 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 def available_memory() -> int | None:
     """Bytes of memory that this process can still take: the system's, and its container's where that is less; None if neither is known."""
-    meminfo, found = Path("/proc/meminfo"), list[int]()
-    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
-        if line.startswith("MemAvailable:"):
-            found.append(int(line.split()[1]) * 1024)
-    return min([*found, *_container_memory()], default=None)
+    container = _container_memory()
+    left = [] if container is None else [max(0, container[0] - container[1])]
+    return min([*_meminfo("MemAvailable"), *left], default=None)
 
 
-def _container_memory(folder: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """What the control group (version 2) of this process leaves it, its file cache counted as free; empty without a limit."""
+def main_memory() -> int | None:
+    """Bytes of memory that this machine has, or this process's container where that is less; None if neither is known."""
+    container = _container_memory()
+    return min([*_meminfo("MemTotal"), *([] if container is None else container[:1])], default=None)
+
+
+def _meminfo(name: str) -> list[int]:
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    return [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")]
+
+
+def _container_memory(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
+    """(what the control group (version 2) of this process may take, what it has, its file cache counted as free); None without a limit."""
     try:
         limit = int((folder / "memory.max").read_text())
         used = int((folder / "memory.current").read_text())
         lines = (folder / "memory.stat").read_text().splitlines()
     except (OSError, ValueError):  # no such file, or "max"
-        return []
-    cache = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-    return [max(0, limit - used + cache)]
+        return None
+    return limit, used - sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def processor_name() -> str:

@@ -50,6 +50,8 @@ class FastPaths:
     between its projections in one call."""
     layers: bool = True
     """With `kernels`, `grouped` and `tiles`: a decoder layer with LoRA in all its projections in one function."""
+    packed: bool | None = None
+    """With `layers`: frozen weights kept twice more, as products want them. None: where that takes a sixteenth of main memory at most."""
     last_rows: bool = True
     """The last layer's MLP only where a learned token is predicted."""
     chunked_loss: bool = True

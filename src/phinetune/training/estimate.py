@@ -19,13 +19,14 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from phinetune.lora.config import LoraConfig
+from phinetune.lora.decoder_join import is_packed
 from phinetune.lora.rounding import forget_rounded
 from phinetune.model.compute import available_memory
 from phinetune.model.fast import FastPaths
@@ -97,6 +98,8 @@ class StepEstimator:
     def __init__(self, settings: StepSettings) -> None:
         self.settings = settings
         whole = build_on_meta(settings.config, settings.load, settings.lora, settings.fast_paths, settings.grid)
+        paths = replace(settings.fast_paths, packed=is_packed(whole))  # as the whole model's size decides
+        self.settings = settings = replace(settings, fast_paths=paths)
         depth = settings.config.get_text_config().num_hidden_layers
         self._alike = depth > 3 and len(decoder_layers(whole)) == depth and _layers_are_alike(whole, settings)
         self._depth = depth
