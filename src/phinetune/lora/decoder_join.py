@@ -81,16 +81,20 @@ class DecoderLayer:
 
     def _as_found(self) -> bool:
         """True while all parts are in their places, nobody listens at them, and LoRA layers are nothing but that."""
-        if _has_any_global_hook() or any(  # type: ignore[no-untyped-call]
-            parent._modules.get(name) is not part or part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-            for parent, name, part in self.parts
-        ):  # fmt: skip
+        if _has_any_global_hook():  # type: ignore[no-untyped-call]
             return False
-        if any(vars(part).get("forward") is not own for part, own in self.forwards):
-            return False
-        return not (self.attention.training and getattr(self.attention, "attention_dropout", 0.0)) and all(
-            plain_layer(layer) and layer.rounding is None and "forward" not in vars(layer) for layer in self.layers
-        )
+        for parent, name, part in self.parts:
+            if parent._modules.get(name) is not part or part._forward_hooks or part._forward_pre_hooks:
+                return False
+            if part._backward_hooks or part._backward_pre_hooks:
+                return False
+        for part, own in self.forwards:
+            if vars(part).get("forward") is not own:
+                return False
+        for layer in self.layers:
+            if not plain_layer(layer) or layer.rounding is not None or "forward" in vars(layer):
+                return False
+        return not (self.attention.training and getattr(self.attention, "attention_dropout", 0.0))
 
     def _can_read(self, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
         angles = cos.dim() == 3 and cos.shape == sin.shape and cos.dtype is sin.dtype is x.dtype

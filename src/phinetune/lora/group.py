@@ -136,9 +136,11 @@ def ordinary(x: Tensor) -> bool:
 
 def plain_layer(layer: Linear) -> bool:
     """True while the layer computes nothing but y = x Wᵀ + b + s x Aᵀ Bᵀ."""
+    own = vars(layer)  # asked at each call of each layer, and torch's way to a module's attributes is slow
     return not (
-        layer.merged or layer.drops or layer.lora_magnitude_vector is not None or layer.lora_A_start is not None
-    )
+        own["merged"] or own["_parameters"]["lora_magnitude_vector"] is not None or own["_buffers"]["lora_A_start"] is not None
+        or (type(own["_modules"]["lora_dropout"]) is not nn.Identity and layer.drops)
+    )  # fmt: skip
 
 
 def share_inputs(model: nn.Module, by_tiles: bool = False) -> int:

@@ -25,6 +25,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from phinetune.lora.arithmetic import choose_arithmetic
 from phinetune.lora.config import LoraConfig
 from phinetune.lora.decoder_join import is_packed
 from phinetune.lora.rounding import forget_rounded
@@ -154,6 +155,7 @@ class StepEstimator:
             return None
         options = settings.config, settings.load, settings.lora, settings.fast_paths, settings.grid, layers
         model = with_made_up_numbers(build_on_meta(*options))
+        choose_arithmetic(model, settings.fast_paths)  # again, of these numbers
         checkpoint_layers(model, count, settings.checkpoint_options, lambda event: None)
         taken: list[float] = []
         begun = time.perf_counter()
