@@ -78,15 +78,17 @@ def _forward_results(
     x: Tensor, cos: Tensor, sin: Tensor, norms: Any, W: Any, A: Any, B: Any, shape: Any, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     at = _places(x, shape, A)[2]
-    return torch.empty_like(x), x.new_empty(at.of_attention), x.new_empty(at.of_mlp), x.new_empty(at.forward)
+    room = x.new_empty(at.forward)  # first, so that each layer's lies where the last one's was, and what is kept follows without gaps
+    return torch.empty_like(x), x.new_empty(at.of_attention), x.new_empty(at.of_mlp), room
 
 
 def _backward_results(
     grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, a: Any, m: Any, norms: Any, W: Any, A: Any, B: Any, shape: Any,
     entries: Any, numbers: Any, packed: Any, of_x: bool,
 ) -> list[Tensor]:  # fmt: skip
+    room = x.new_empty(_places(x, shape, A)[2].backward)
     like = [x, *A, *B] if of_x else [*A, *B]
-    return [*(torch.empty_like(t) for t in like), x.new_empty(_places(x, shape, A)[2].backward)]
+    return [*(torch.empty_like(t) for t in like), room]
 
 
 @kernels.operator(
