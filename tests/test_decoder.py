@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -239,6 +240,30 @@ def test_switching_off_puts_the_layers_own_way_back(calls: list[str]) -> None:
 
 
 @TILES
+def test_rooms_are_handed_on_and_given_back_with_the_graph() -> None:
+    model = trained(FastPaths())
+    assert decoder._rooms is None or decoder._rooms() is None
+    loss = model(input_ids=torch.arange(5, 45).view(2, 20), use_cache=False).logits.float().sum()
+    rooms = decoder.rooms_of_step()
+    assert len(rooms.free) == 1  # three layers, one room
+    of_forward = len(rooms.free[0])
+    other = model(input_ids=torch.arange(5, 65).view(2, 30), use_cache=False).logits.float().sum()  # longer rows
+    assert len(rooms.free) == 1 and decoder.rooms_of_step() is rooms
+    (loss + other).backward()
+    assert len(rooms.free) == 1 and len(rooms.free[0]) > of_forward
+    alive = weakref.ref(rooms)
+    del rooms, loss, other
+    assert alive() is None
+    x = torch.zeros(4).bfloat16()
+    rooms = decoder.Rooms()
+    with rooms.one(x, 10) as one, rooms.one(x, 10) as another:  # two layers at once
+        assert one.data_ptr() != another.data_ptr() and len(one) == len(another) == 10
+    assert len(rooms.free) == 2
+    with rooms.one(x, 20) as larger:
+        assert len(larger) == 20
+
+
+@TILES
 def test_few_tokens_autocast_caches_and_other_masks_go_the_other_way(calls: list[str]) -> None:
     model = trained(FastPaths())
     ids = torch.arange(5, 45)[None]
@@ -389,4 +414,4 @@ def test_parts_of_memory_do_not_overlap() -> None:
         for first, following in itertools.pairwise(firsts):
             assert first % 64 == 0 and first + sizes.get(first, 1) <= following
         assert at.d_gate >= 2 * M * 128 and at.d_hidden >= at.d_gate + 2 * M * 2 * 96
-        assert at.room_back < 2 * at.backward and at.room < 2 * at.forward
+        assert max(at.room_back, at.room) < 2 * at.meanwhile

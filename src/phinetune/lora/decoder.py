@@ -13,8 +13,10 @@ Not here: which layers are computed so, and when (`decoder_join.py`); the arithm
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +47,10 @@ class DecoderFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, how, x, cos, sin, *tensors):  # type: ignore[no-untyped-def]
         x = x.contiguous()
-        result, of_attention, of_mlp, _ = decoder_layer(x, cos, sin, *_apart(tensors), *how)
+        ctx.rooms, ctx.how = rooms_of_step(), how
+        with ctx.rooms.one(x, _places(x, how.shape, _apart(tensors)[2])[2].meanwhile) as room:
+            result, of_attention, of_mlp = decoder_layer(x, room, cos, sin, *_apart(tensors), *how)
         ctx.save_for_backward(x, cos, sin, of_attention, of_mlp, *tensors)
-        ctx.how = how
         return result
 
     @staticmethod
@@ -55,11 +58,46 @@ class DecoderFunction(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, cos, sin, of_attention, of_mlp, *tensors = ctx.saved_tensors
         of_x, count = ctx.needs_input_grad[1], len(tensors) // 3
-        *found, _ = decoder_layer_backward(
-            grad.contiguous(), x, cos, sin, of_attention, of_mlp, *_apart(tensors), *ctx.how, of_x
-        )
+        with ctx.rooms.one(x, _places(x, ctx.how.shape, _apart(tensors)[2])[2].meanwhile) as room:
+            found = decoder_layer_backward(
+                grad.contiguous(), x, room, cos, sin, of_attention, of_mlp, *_apart(tensors), *ctx.how, of_x
+            )
         dx, factors = (found[0], found[1:]) if of_x else (None, found)
         return (None, dx, None, None, *(None,) * (2 + count), *factors)
+
+
+class Rooms:
+    """Memory that layers need meanwhile, handed from one to the next, as many pieces as layers are computed at once."""
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def one(self, like: Tensor, numbers: int) -> Iterator[Tensor]:
+        """A room of at least so many numbers. Without numbers there is nothing to hand on: who counts memory sees each layer's."""
+        try:
+            room = self.free.pop()  # no other thread has it now
+        except IndexError:
+            room = like.new_empty(0)
+        if len(room) < numbers or type(like) not in kernels.WITH_NUMBERS:
+            del room
+            room = like.new_empty(numbers)
+        yield room
+        if type(like) in kernels.WITH_NUMBERS:
+            self.free.append(room)
+
+
+_rooms: weakref.ref[Rooms] | None = None
+
+
+def rooms_of_step() -> Rooms:
+    """Those of the layers whose way back is still to come: they live as long as a graph does that they are needed for."""
+    global _rooms
+    found = None if _rooms is None else _rooms()
+    if found is None:
+        found = Rooms()
+        _rooms = weakref.ref(found)
+    return found
 
 
 def _apart(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
@@ -75,96 +113,98 @@ def _places(x: Tensor, shape: Sequence[int], A: Sequence[Tensor]) -> tuple[Shape
 
 
 def _forward_results(
-    x: Tensor, cos: Tensor, sin: Tensor, norms: Any, W: Any, A: Any, B: Any, shape: Any, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, room: Tensor, cos: Tensor, sin: Tensor, norms: Any, W: Any, A: Any, B: Any, shape: Any, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     at = _places(x, shape, A)[2]
-    room = x.new_empty(at.forward)  # first, so that each layer's lies where the last one's was, and what is kept follows without gaps
-    return torch.empty_like(x), x.new_empty(at.of_attention), x.new_empty(at.of_mlp), room
+    return torch.empty_like(x), x.new_empty(at.of_attention), x.new_empty(at.of_mlp)
 
 
 def _backward_results(
-    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, a: Any, m: Any, norms: Any, W: Any, A: Any, B: Any, shape: Any,
+    grad: Tensor, x: Tensor, room: Any, cos: Any, sin: Any, a: Any, m: Any, norms: Any, W: Any, A: Any, B: Any, shape: Any,
     entries: Any, numbers: Any, packed: Any, of_x: bool,
 ) -> list[Tensor]:  # fmt: skip
-    room = x.new_empty(_places(x, shape, A)[2].backward)
-    like = [x, *A, *B] if of_x else [*A, *B]
-    return [*(torch.empty_like(t) for t in like), room]
+    return [torch.empty_like(t) for t in ([x, *A, *B] if of_x else [*A, *B])]
 
 
 @kernels.operator(
-    "decoder_layer(Tensor x, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] W, Tensor[] A, Tensor[] B, int[] shape, int[] entries, "
-    "float[] numbers, Tensor[] packed) -> (Tensor, Tensor, Tensor, Tensor)",
+    "decoder_layer(Tensor x, Tensor(a!) room, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] W, Tensor[] A, Tensor[] B, int[] shape, int[] entries, "
+    "float[] numbers, Tensor[] packed) -> (Tensor, Tensor, Tensor)",
     _forward_results,
 )
 def decoder_layer(
-    x: Tensor, cos: Tensor, sin: Tensor, norms: Sequence[Tensor], W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor],
+    x: Tensor, room: Tensor, cos: Tensor, sin: Tensor, norms: Sequence[Tensor], W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor],
     shape: Sequence[int], entries: Sequence[int], numbers: Sequence[float], packed: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The layer's result, the two blocks that the way back needs, and the room used. Arguments as DecoderFunction and How have them."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The layer's result and the two blocks that the way back needs. Arguments as DecoderFunction and How have them; room: `meanwhile` numbers."""
     whole, M, at = _places(x, shape, A)
-    results = _forward_results(x, cos, sin, norms, W, A, B, shape)
-    X, result, one, two, room = x.data_ptr(), *(t.data_ptr() for t in results)
+    results = _forward_results(x, room, cos, sin, norms, W, A, B, shape)
+    X, meanwhile, result, one, two = (t.data_ptr() for t in (x, room, *results))
     of = _operands(whole, W, A, B, numbers, packed)
     library, h, w = kernels.library(), whole.hidden, [t.data_ptr() for t in norms]
     library.rms_norm(X, None, w[0], None, one + at.y, one + at.inverse, M, h, numbers[0], 0)
-    tiles.multiply(M, one + at.y, of[INTO], [one + to for to in at.into], one + at.slim[INTO], room + at.room)
+    tiles.multiply(M, one + at.y, of[INTO], [one + to for to in at.into], one + at.slim[INTO], meanwhile + at.room)
     states = one + at.q, one + at.k, one + at.v
     attention_tiles.attend(
         _heads(whole, M, cos, entries, numbers),
         (*states, cos.data_ptr(), sin.data_ptr(), one + at.attended, one + at.sums),
     )
-    tiles.multiply(M, one + at.attended, of[OUT], [room + at.out], one + at.slim[OUT], room + at.room)
-    library.rms_norm(X, room + at.out, w[1], two + at.total, two + at.z, two + at.inverse_total, M, h, numbers[1], 0)
-    tiles.multiply(M, two + at.z, of[WIDEN], [two + to for to in at.widen], two + at.slim[WIDEN], room + at.room)
+    tiles.multiply(M, one + at.attended, of[OUT], [meanwhile + at.out], one + at.slim[OUT], meanwhile + at.room)
+    library.rms_norm(
+        X, meanwhile + at.out, w[1], two + at.total, two + at.z, two + at.inverse_total, M, h, numbers[1], 0
+    )
+    tiles.multiply(M, two + at.z, of[WIDEN], [two + to for to in at.widen], two + at.slim[WIDEN], meanwhile + at.room)
     gate, up, stride = two + at.gate, two + at.up, at.wide_stride
     library.silu_gate(gate, stride, up, stride, two + at.inner, M, whole.inner, 0)
-    tiles.multiply(M, two + at.inner, of[NARROW], [result], two + at.slim[NARROW], room + at.room)
+    tiles.multiply(M, two + at.inner, of[NARROW], [result], two + at.slim[NARROW], meanwhile + at.room)
     results[0].add_(results[2][at.total // 2 :][: M * h].view(x.shape))
     return results
 
 
 @kernels.operator(
-    "decoder_layer_backward(Tensor grad, Tensor x, Tensor cos, Tensor sin, Tensor of_attention, Tensor of_mlp, Tensor[] norms, Tensor[] W, "
+    "decoder_layer_backward(Tensor grad, Tensor x, Tensor(a!) room, Tensor cos, Tensor sin, Tensor of_attention, Tensor of_mlp, Tensor[] norms, Tensor[] W, "
     "Tensor[] A, Tensor[] B, int[] shape, int[] entries, float[] numbers, Tensor[] packed, bool of_x) -> Tensor[]",
     _backward_results,
 )
 def decoder_layer_backward(
-    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, of_attention: Tensor, of_mlp: Tensor, norms: Sequence[Tensor], W: Sequence[Tensor],
+    grad: Tensor, x: Tensor, room: Tensor, cos: Tensor, sin: Tensor, of_attention: Tensor, of_mlp: Tensor, norms: Sequence[Tensor], W: Sequence[Tensor],
     A: Sequence[Tensor], B: Sequence[Tensor], shape: Sequence[int], entries: Sequence[int], numbers: Sequence[float], packed: Sequence[Tensor],
     of_x: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """dL/dx, if `of_x`, then dL/dA of each projection, then dL/dB, then the room used, for grad = dL/d(result), contiguous."""
+    """dL/dx, if `of_x`, then dL/dA of each projection, then dL/dB, for grad = dL/d(result), contiguous."""
     whole, M, at = _places(x, shape, A)
     found = _backward_results(
-        grad, x, cos, sin, of_attention, of_mlp, norms, W, A, B, shape, entries, numbers, packed, of_x
+        grad, x, room, cos, sin, of_attention, of_mlp, norms, W, A, B, shape, entries, numbers, packed, of_x
     )
     pointers, n, h = [t.data_ptr() for t in found], len(W), whole.hidden
-    dA, dB, room = pointers[-2 * n - 1 : -n - 1], pointers[-n - 1 : -1], pointers[-1]
+    dA, dB, meanwhile = pointers[-2 * n : -n], pointers[-n:], room.data_ptr()
     X, g, one, two = x.data_ptr(), grad.data_ptr(), of_attention.data_ptr(), of_mlp.data_ptr()
     of = _operands(whole, W, A, B, numbers, packed)
     library, w = kernels.library(), [t.data_ptr() for t in norms]
 
     def back(call: int, X: int, slim: int, G: Sequence[int], dX: int) -> None:
         own = whole.projections(call)
-        tiles.multiply_back(M, X, of[call], slim, G, dX, dA[own], dB[own], room + at.room_back)
+        tiles.multiply_back(M, X, of[call], slim, G, dX, dA[own], dB[own], meanwhile + at.room_back)
 
-    narrow, hidden, total = room + at.d_narrow, room + at.d_hidden, room + at.d_total
+    narrow, hidden, total = meanwhile + at.d_narrow, meanwhile + at.d_hidden, meanwhile + at.d_total
     back(NARROW, two + at.inner, two + at.slim[NARROW], [g], narrow)
     gate, up, stride = two + at.gate, two + at.up, at.wide_stride
     library.silu_gate_backward(
-        narrow, gate, stride, up, stride, room + at.d_gate, room + at.d_up, stride, M, whole.inner, 0
+        narrow, gate, stride, up, stride, meanwhile + at.d_gate, meanwhile + at.d_up, stride, M, whole.inner, 0
     )
-    back(WIDEN, two + at.z, two + at.slim[WIDEN], [room + to for to in at.d_widen], hidden)
+    back(WIDEN, two + at.z, two + at.slim[WIDEN], [meanwhile + to for to in at.d_widen], hidden)
     library.rms_norm_backward(hidden, two + at.total, w[1], two + at.inverse_total, g, total, M, h, 0)
     back(OUT, one + at.attended, one + at.slim[OUT], [total], narrow)
     heads = _heads(whole, M, cos, entries, numbers)
-    states, d_states = (one + at.q, one + at.k, one + at.v), (room + at.d_q, room + at.d_k, room + at.d_v)
+    states, d_states = (
+        (one + at.q, one + at.k, one + at.v),
+        (meanwhile + at.d_q, meanwhile + at.d_k, meanwhile + at.d_v),
+    )
     attention_tiles.attend_back(
         heads,
         (*states, cos.data_ptr(), sin.data_ptr(), one + at.attended, one + at.sums, narrow, *d_states),
         heads.strides,
     )
-    back(INTO, one + at.y, one + at.slim[INTO], [room + to for to in at.d_into], hidden if of_x else 0)
+    back(INTO, one + at.y, one + at.slim[INTO], [meanwhile + to for to in at.d_into], hidden if of_x else 0)
     if of_x:
         library.rms_norm_backward(hidden, X, w[0], one + at.inverse, total, pointers[0], M, h, 0)
     return found
@@ -208,7 +248,18 @@ def _heads(
 
 @register_flop_formula(torch.ops.phinetune.decoder_layer)
 def _forward_flops(
-    x: Any, cos: Any, sin: Any, norms: Any, W: Any, A: Any, B: Any, shape: Any, entries: Any, *_: Any, **__: Any
+    x: Any,
+    room: Any,
+    cos: Any,
+    sin: Any,
+    norms: Any,
+    W: Any,
+    A: Any,
+    B: Any,
+    shape: Any,
+    entries: Any,
+    *_: Any,
+    **__: Any,
 ) -> int:
     rows, whole = int(x[0] * x[1]), Shape(*shape)
     products = sum(int(w[0] * w[1] + a[0] * (w[0] + w[1])) for w, a in zip(W, A, strict=True))
@@ -217,7 +268,7 @@ def _forward_flops(
 
 @register_flop_formula(torch.ops.phinetune.decoder_layer_backward)
 def _backward_flops(
-    grad: Any, x: Any, cos: Any, sin: Any, a: Any, m: Any, norms: Any, W: Any, A: Any, B: Any, shape: Any, entries: Any, numbers: Any,
+    grad: Any, x: Any, room: Any, cos: Any, sin: Any, a: Any, m: Any, norms: Any, W: Any, A: Any, B: Any, shape: Any, entries: Any, numbers: Any,
     packed: Any, of_x: bool, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     rows, whole = int(x[0] * x[1]), Shape(*shape)

@@ -95,7 +95,7 @@ class Places:
         # meanwhile, forward
         block = _Block()
         self.out, self.room = block.part(M * h), block.part(_room(M, shape, ranks, False))
-        self.forward = block.numbers
+        forward = block.numbers
         # and backward: gradients of what comes out of attention and of the MLP's inner numbers; of what goes into each
         block = _Block()
         self.d_narrow = block.part(M * max(inner, HD))
@@ -109,7 +109,7 @@ class Places:
         self.d_widen, self.d_into = (tuple(at + start for at in parts) for parts in (self.d_widen, self.d_into))
         self.d_hidden, self.d_total = block.part(M * h), block.part(M * h)
         self.room_back = block.part(_room(M, shape, ranks, True))
-        self.backward = block.numbers
+        self.meanwhile = max(forward, block.numbers)
 
 
 def _room(M: int, shape: Shape, ranks: tuple[int, ...], back: bool) -> int:

@@ -34,8 +34,8 @@ _ARGUMENTS = {
 WIDEST = 8192
 """Numbers in a row of a normalization, or in a head, at most."""
 _DTYPES = (torch.bfloat16, torch.float32)
-_WITH_NUMBERS = (Tensor, torch.nn.Parameter)
-_PLAIN = (*_WITH_NUMBERS, torch._subclasses.FakeTensor)
+WITH_NUMBERS = (Tensor, torch.nn.Parameter)
+_PLAIN = (*WITH_NUMBERS, torch._subclasses.FakeTensor)
 _OPERATORS: Any = torch.library.Library("phinetune", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -117,7 +117,7 @@ def operator(schema: str, without_numbers: Callable[..., Any]) -> Callable[[Any]
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            watched = type(args[0]) not in _WITH_NUMBERS or torch._C._len_torch_dispatch_stack()
+            watched = type(args[0]) not in WITH_NUMBERS or torch._C._len_torch_dispatch_stack()
             return operator(*args) if watched else function(*args)
 
         return call
