@@ -241,26 +241,42 @@ def test_switching_off_puts_the_layers_own_way_back(calls: list[str]) -> None:
 
 @TILES
 def test_rooms_are_handed_on_and_given_back_with_the_graph() -> None:
+    def counts() -> list[int]:
+        return sorted(len(pieces) for pieces in decoder.rooms_of_step().free.values())
+
     model = trained(FastPaths())
     assert decoder._rooms is None or decoder._rooms() is None
     loss = model(input_ids=torch.arange(5, 45).view(2, 20), use_cache=False).logits.float().sum()
     rooms = decoder.rooms_of_step()
-    assert len(rooms.free) == 1  # three layers, one room
-    of_forward = len(rooms.free[0])
-    other = model(input_ids=torch.arange(5, 65).view(2, 30), use_cache=False).logits.float().sum()  # longer rows
-    assert len(rooms.free) == 1 and decoder.rooms_of_step() is rooms
-    (loss + other).backward()
-    assert len(rooms.free) == 1 and len(rooms.free[0]) > of_forward
+    assert counts() == [1]  # three layers, one room; what they keep is kept
+    loss.backward(retain_graph=True)
+    assert counts() == [1]
+    loss.backward()
+    assert counts() == [1, 3, 3]
     alive = weakref.ref(rooms)
-    del rooms, loss, other
+    del rooms, loss
     assert alive() is None
+    checkpoint_layers(model, "all")
+    loss = model(input_ids=torch.arange(5, 45).view(2, 20), use_cache=False).logits.float().sum()
+    rooms = decoder.rooms_of_step()
+    assert counts() == [
+        0,
+        0,
+        1,
+    ]  # each took those of the one before, and the last, which is not computed again, keeps them
+    loss.backward()
+    assert counts() == [1, 2, 2]
     x = torch.zeros(4).bfloat16()
     rooms = decoder.Rooms()
     with rooms.one(x, 10) as one, rooms.one(x, 10) as another:  # two layers at once
         assert one.data_ptr() != another.data_ptr() and len(one) == len(another) == 10
-    assert len(rooms.free) == 2
-    with rooms.one(x, 20) as larger:
-        assert len(larger) == 20
+    assert len(rooms.free[10]) == 2
+    lent = rooms.lend(x, 10)
+    again = lent[3:]
+    del lent
+    assert len(rooms.free[10]) == 1
+    del again
+    assert len(rooms.free[10]) == 2
 
 
 @TILES
@@ -395,7 +411,7 @@ def test_the_planner_counts_the_copies_and_all_arithmetic(packed: bool) -> None:
     copies = 2 * 2 * 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
     assert estimators[0].weights - estimators[1].weights == packed * copies
     joined, apart = (estimator(batch) for estimator in estimators)
-    assert joined.flops == apart.flops
+    assert joined.flops == apart.flops and joined.hands_on and not apart.hands_on
     names = {str(call.operator) for call in joined.calls}
     assert {"phinetune.decoder_layer.default", "phinetune.decoder_layer_backward.default"} <= names
     kept = joined.peak.parts["activations"] / apart.peak.parts["activations"]

@@ -14,6 +14,7 @@ Not here: which layers are computed so, and when (`decoder_join.py`); the arithm
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import weakref
 from collections.abc import Iterator, Sequence
@@ -47,9 +48,11 @@ class DecoderFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, how, x, cos, sin, *tensors):  # type: ignore[no-untyped-def]
         x = x.contiguous()
-        ctx.rooms, ctx.how = rooms_of_step(), how
-        with ctx.rooms.one(x, _places(x, how.shape, _apart(tensors)[2])[2].meanwhile) as room:
-            result, of_attention, of_mlp = decoder_layer(x, room, cos, sin, *_apart(tensors), *how)
+        ctx.rooms, ctx.how = rooms_of_step(), how  # the rooms live as long as a layer's way back is to come
+        at = _places(x, how.shape, _apart(tensors)[2])[2]
+        of_attention, of_mlp = (ctx.rooms.lend(x, numbers) for numbers in (at.of_attention, at.of_mlp))
+        with ctx.rooms.one(x, at.meanwhile) as room:
+            result = decoder_layer(x, room, of_attention, of_mlp, cos, sin, *_apart(tensors), *how)
         ctx.save_for_backward(x, cos, sin, of_attention, of_mlp, *tensors)
         return result
 
@@ -67,24 +70,46 @@ class DecoderFunction(torch.autograd.Function):
 
 
 class Rooms:
-    """Memory that layers need meanwhile, handed from one to the next, as many pieces as layers are computed at once."""
+    """Memory that layers hand on to the next ones: what each needs meanwhile, and, as soon as nobody has it any more, what it kept.
+
+    glibc's heap would leave gaps between such blocks, since small ones that are freed beside them stay where they are: with layers that are
+    computed again, half as much memory as a run takes. Tensors without numbers are plain ones: who counts memory sees each layer's.
+    """
 
     def __init__(self) -> None:
-        self.free: list[Tensor] = []
+        self.free: dict[int, list[Tensor]] = {}
 
     @contextlib.contextmanager
     def one(self, like: Tensor, numbers: int) -> Iterator[Tensor]:
-        """A room of at least so many numbers. Without numbers there is nothing to hand on: who counts memory sees each layer's."""
-        try:
-            room = self.free.pop()  # no other thread has it now
-        except IndexError:
-            room = like.new_empty(0)
-        if len(room) < numbers or type(like) not in kernels.WITH_NUMBERS:
-            del room
-            room = like.new_empty(numbers)
+        """So many numbers, for as long as the context lasts."""
+        room = self._taken(like, numbers)
         yield room
-        if type(like) in kernels.WITH_NUMBERS:
-            self.free.append(room)
+        self._back(room)
+
+    def lend(self, like: Tensor, numbers: int) -> Tensor:
+        """So many numbers, until nobody has the tensor any more."""
+        if type(like) not in kernels.WITH_NUMBERS:
+            return like.new_empty(numbers)
+        room = self._taken(like, numbers)
+        lent = _block_of(2 * numbers).from_address(room.data_ptr())
+        weakref.finalize(lent, self._back, room).atexit = False
+        return torch.frombuffer(lent, dtype=room.dtype)
+
+    def _taken(self, like: Tensor, numbers: int) -> Tensor:
+        try:
+            return self.free[numbers].pop()  # no other thread has it now
+        except LookupError:
+            return like.new_empty(numbers)
+
+    def _back(self, room: Tensor) -> None:
+        if type(room) in kernels.WITH_NUMBERS:
+            self.free.setdefault(len(room), []).append(room)
+
+
+@functools.cache
+def _block_of(size: int) -> Any:
+    """The type of a block of `size` bytes."""
+    return ctypes.c_uint8 * size
 
 
 _rooms: weakref.ref[Rooms] | None = None
@@ -112,13 +137,6 @@ def _places(x: Tensor, shape: Sequence[int], A: Sequence[Tensor]) -> tuple[Shape
     return whole, M, places(M, whole, tuple(a.shape[0] for a in A))
 
 
-def _forward_results(
-    x: Tensor, room: Tensor, cos: Tensor, sin: Tensor, norms: Any, W: Any, A: Any, B: Any, shape: Any, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    at = _places(x, shape, A)[2]
-    return torch.empty_like(x), x.new_empty(at.of_attention), x.new_empty(at.of_mlp)
-
-
 def _backward_results(
     grad: Tensor, x: Tensor, room: Any, cos: Any, sin: Any, a: Any, m: Any, norms: Any, W: Any, A: Any, B: Any, shape: Any,
     entries: Any, numbers: Any, packed: Any, of_x: bool,
@@ -127,18 +145,18 @@ def _backward_results(
 
 
 @kernels.operator(
-    "decoder_layer(Tensor x, Tensor(a!) room, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] W, Tensor[] A, Tensor[] B, int[] shape, int[] entries, "
-    "float[] numbers, Tensor[] packed) -> (Tensor, Tensor, Tensor)",
-    _forward_results,
+    "decoder_layer(Tensor x, Tensor(a!) room, Tensor(b!) of_attention, Tensor(c!) of_mlp, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] W, Tensor[] A, Tensor[] B, int[] shape, int[] entries, "
+    "float[] numbers, Tensor[] packed) -> Tensor",
+    lambda x, *_: torch.empty_like(x),
 )
 def decoder_layer(
-    x: Tensor, room: Tensor, cos: Tensor, sin: Tensor, norms: Sequence[Tensor], W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor],
+    x: Tensor, room: Tensor, of_attention: Tensor, of_mlp: Tensor, cos: Tensor, sin: Tensor, norms: Sequence[Tensor], W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor],
     shape: Sequence[int], entries: Sequence[int], numbers: Sequence[float], packed: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The layer's result and the two blocks that the way back needs. Arguments as DecoderFunction and How have them; room: `meanwhile` numbers."""
+) -> Tensor:  # fmt: skip
+    """The layer's result; what the way back needs goes into `of_attention` and `of_mlp`. Arguments as DecoderFunction and How have them."""
     whole, M, at = _places(x, shape, A)
-    results = _forward_results(x, room, cos, sin, norms, W, A, B, shape)
-    X, meanwhile, result, one, two = (t.data_ptr() for t in (x, room, *results))
+    found = torch.empty_like(x)
+    X, meanwhile, one, two, result = (t.data_ptr() for t in (x, room, of_attention, of_mlp, found))
     of = _operands(whole, W, A, B, numbers, packed)
     library, h, w = kernels.library(), whole.hidden, [t.data_ptr() for t in norms]
     library.rms_norm(X, None, w[0], None, one + at.y, one + at.inverse, M, h, numbers[0], 0)
@@ -156,8 +174,7 @@ def decoder_layer(
     gate, up, stride = two + at.gate, two + at.up, at.wide_stride
     library.silu_gate(gate, stride, up, stride, two + at.inner, M, whole.inner, 0)
     tiles.multiply(M, two + at.inner, of[NARROW], [result], two + at.slim[NARROW], meanwhile + at.room)
-    results[0].add_(results[2][at.total // 2 :][: M * h].view(x.shape))
-    return results
+    return found.add_(of_mlp[at.total // 2 :][: M * h].view(x.shape))
 
 
 @kernels.operator(
@@ -250,6 +267,8 @@ def _heads(
 def _forward_flops(
     x: Any,
     room: Any,
+    a: Any,
+    m: Any,
     cos: Any,
     sin: Any,
     norms: Any,

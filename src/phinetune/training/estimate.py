@@ -92,6 +92,11 @@ class StepEstimate:
         """Floating point operations in matrix products and attention."""
         return sum(call.flops * count for call, count in self.calls.items())
 
+    @property
+    def hands_on(self) -> bool:
+        """True if decoder layers hand on memory to one another (`lora/decoder.py`)."""
+        return any(call.operator is torch.ops.phinetune.decoder_layer.default for call in self.calls)
+
 
 class StepEstimator:
     """Estimates for one model and its options, batch by batch. Raises what building and `inject` raise."""

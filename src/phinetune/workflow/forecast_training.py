@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _SLACK, _SLACK_CHECKPOINTING = 0.25, 1.75
 """What glibc's allocator keeps beyond what is alive, as a share of all that comes and goes in a step: freed pieces between blocks that
-stay are reused badly, most so where layers are recomputed. Measured, on the embedded model; with MALLOC_MMAP_THRESHOLD_=131072 in the
+stay are reused badly, most so where layers are recomputed, unless they hand on their memory themselves (`lora/decoder.py`). Measured, on the embedded model; with MALLOC_MMAP_THRESHOLD_=131072 in the
 environment it is nothing, and a step takes longer."""
 _MEASURING = 6.0
 """Seconds that `plan` spends on real steps of three layers, about."""
@@ -230,12 +230,14 @@ class TrainingForecast:
 
     def _memory(self, variant: Variant) -> dict[str, int]:
         """Part -> bytes of the step with the largest batch."""
-        peak = self._largest_step(variant)[0].peak
+        step = self._largest_step(variant)[0]
+        peak = step.peak
         parts = {"process": self._process_bytes(), **{k: v for k, v in sorted(peak.parts.items()) if v}}
         if variant.quantization is not None and not self._gives_back(variant):
             parts["files"] = self._stored_bytes()
         moving = sum(parts.get(k, 0) for k in ("activations", "logits", "temporaries", "gradients"))
-        return {**parts, "allocator": int((_SLACK_CHECKPOINTING if variant.checkpoint_layers else _SLACK) * moving)}
+        again = bool(variant.checkpoint_layers) and not step.hands_on
+        return {**parts, "allocator": int((_SLACK_CHECKPOINTING if again else _SLACK) * moving)}
 
     def _least(self, variant: Variant) -> int:
         """Bytes without any batch: no batch size helps where these do not fit."""
