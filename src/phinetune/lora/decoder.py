@@ -84,26 +84,26 @@ class Rooms:
         """So many numbers, for as long as the context lasts."""
         room = self._taken(like, numbers)
         yield room
-        self._back(room)
+        if type(room) in kernels.WITH_NUMBERS:
+            self._back(room)
 
     def lend(self, like: Tensor, numbers: int) -> Tensor:
         """So many numbers, until nobody has the tensor any more."""
-        if type(like) not in kernels.WITH_NUMBERS:
-            return like.new_empty(numbers)
         room = self._taken(like, numbers)
+        if type(room) not in kernels.WITH_NUMBERS:
+            return room
         lent = _block_of(2 * numbers).from_address(room.data_ptr())
         weakref.finalize(lent, self._back, room).atexit = False
         return torch.frombuffer(lent, dtype=room.dtype)
 
     def _taken(self, like: Tensor, numbers: int) -> Tensor:
-        try:
-            return self.free[numbers].pop()  # no other thread has it now
-        except LookupError:
-            return like.new_empty(numbers)
+        if type(like) in kernels.WITH_NUMBERS:
+            with contextlib.suppress(LookupError):
+                return self.free[numbers].pop()  # no other thread has it now
+        return like.new_empty(numbers)
 
     def _back(self, room: Tensor) -> None:
-        if type(room) in kernels.WITH_NUMBERS:
-            self.free.setdefault(len(room), []).append(room)
+        self.free.setdefault(len(room), []).append(room)
 
 
 @functools.cache
