@@ -23,6 +23,7 @@ from phinetune.model.fast import FastPaths, speed_up
 from phinetune.model.load import LoadPlan
 from phinetune.training.checkpointing import checkpoint_layers
 from phinetune.training.estimate import StepEstimator, StepSettings
+from phinetune.training.estimate_model import build_on_meta
 from phinetune.training.loss import supervised_loss
 from zoo import zoo_model
 
@@ -382,6 +383,22 @@ def test_what_tiles_cannot_take_is_not_packed(calls: list[str]) -> None:
         assert not is_packed(model)
         model(input_ids=torch.arange(5, 45)[None], use_cache=False)
     assert not calls
+
+
+@TILES
+def test_copies_made_before_a_model_had_numbers_are_left_alone() -> None:
+    paths = FastPaths(packed=True)
+    config, lora = zoo_model("llama", **WIDE).config, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    plain = trained(FastPaths(packed=False))
+    model = build_on_meta(config, LoadPlan(torch.bfloat16, torch.device("cpu")), lora, paths)
+    assert is_packed(model)
+    model.to_empty(device="cpu")
+    model.load_state_dict(plain.state_dict())
+    ids = torch.arange(5, 45).view(2, 20)
+    with torch.no_grad():
+        model.model.rotary_emb.inv_freq.copy_(plain.model.rotary_emb.inv_freq)
+        results = [one(input_ids=ids, use_cache=False).logits for one in (model, plain)]
+    assert torch.equal(*results)
 
 
 def test_large_models_are_not_packed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import phinetune
 from phinetune.errors import ConfigError, ExportError, MissingPackageError, OutputError
+from phinetune.exporting import verify as verifying
 from phinetune.exporting.build import builder_options
 from phinetune.exporting.config import ExportConfig
 from phinetune.exporting.graph import graph_problems, read_graph
@@ -96,6 +97,20 @@ def test_a_folder_that_does_not_load_is_caught(copy: Path) -> None:
     (copy / "genai_config.json").write_text(json.dumps(settings))
     with pytest.raises(ExportError, match="ONNX Runtime cannot load it"):
         verify(copy, ExportConfig(), load_contract(copy))
+
+
+def test_a_mistake_of_ours_is_not_taken_for_the_runtimes(monkeypatch: pytest.MonkeyPatch, int4: Path) -> None:
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+    contract = load_contract(int4)
+    for error, raised in (
+        (KeyError("feed"), KeyError),
+        (Fail("kernel"), ExportError),
+        (RuntimeError("x"), ExportError),
+    ):
+        monkeypatch.setattr(verifying, "run_graph", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(raised):
+            verifying.check_outputs(int4, contract)
 
 
 def test_a_builder_that_fails_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

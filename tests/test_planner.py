@@ -292,12 +292,12 @@ def test_what_a_step_takes_more_than_its_operators_is_measured_and_remembered(
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:
-    assert compute._container_memory(tmp_path) is None
+    assert compute.memory_limit(tmp_path) == (None, 0)
     for name, text in (("max", "1000"), ("current", "800"), ("stat", "anon 1\ninactive_file 300\n")):
         (tmp_path / f"memory.{name}").write_text(text)
-    assert compute._container_memory(tmp_path) == (1000, 500)
+    assert compute.memory_limit(tmp_path) == (1000, 500)
     (tmp_path / "memory.max").write_text("max\n")
-    assert compute._container_memory(tmp_path) is None
+    assert compute.memory_limit(tmp_path) == (None, 0)
 
 
 @pytest.fixture

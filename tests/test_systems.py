@@ -25,6 +25,7 @@ from phinetune.cli.app import main as command
 from phinetune.config import parse, read_yaml
 from phinetune.errors import ConfigError, DataError, MissingPackageError, OutputError, PhinetuneError, SystemRunError
 from phinetune.events import Event, Note, Progress
+from phinetune.model import compute
 from phinetune.systems import container, process
 from phinetune.systems import machine as machine_module
 from phinetune.systems.config import (
@@ -1006,7 +1007,7 @@ def test_instruction_sets_in_our_words() -> None:
 
 
 def test_a_containers_memory_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = machine_module._memory_limit
+    limit = compute.memory_limit
     assert limit(tmp_path) == (None, 0)
     for name, text in (
         ("memory.max", "max\n"),
@@ -1017,7 +1018,7 @@ def test_a_containers_memory_limit_counts(tmp_path: Path, monkeypatch: pytest.Mo
     assert limit(tmp_path) == (None, 0)
     (tmp_path / "memory.max").write_text("1000\n")
     assert limit(tmp_path) == (1000, 500)
-    monkeypatch.setattr(machine_module, "_memory_limit", lambda: (1000, 500))
+    monkeypatch.setattr(compute, "memory_limit", lambda: (1000, 500))
     here = this_machine()
     assert here.memory == 1000 and here.available_memory is not None and here.available_memory <= 500
 

@@ -265,35 +265,30 @@ def _heads(
 
 @register_flop_formula(torch.ops.phinetune.decoder_layer)
 def _forward_flops(
-    x: Any,
-    room: Any,
-    a: Any,
-    m: Any,
-    cos: Any,
-    sin: Any,
-    norms: Any,
-    W: Any,
-    A: Any,
-    B: Any,
-    shape: Any,
-    entries: Any,
-    *_: Any,
-    **__: Any,
-) -> int:
-    rows, whole = int(x[0] * x[1]), Shape(*shape)
-    products = sum(int(w[0] * w[1] + a[0] * (w[0] + w[1])) for w, a in zip(W, A, strict=True))
-    return 2 * rows * products + 2 * 2 * whole.heads * whole.D * attention_tiles.seen(entries)
+    x: Any, room: Any, of_attention: Any, of_mlp: Any, cos: Any, sin: Any, norms: Any, W: Any, A: Any, B: Any, shape: Any, entries: Any,
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    products: int = tiles.forward_flops(x, W, A, B, 1.0)
+    attention: int = attention_tiles.forward_flops(_queries(x, shape), None, None, cos, sin, entries)
+    return products + attention
 
 
 @register_flop_formula(torch.ops.phinetune.decoder_layer_backward)
 def _backward_flops(
-    grad: Any, x: Any, room: Any, cos: Any, sin: Any, a: Any, m: Any, norms: Any, W: Any, A: Any, B: Any, shape: Any, entries: Any, numbers: Any,
-    packed: Any, of_x: bool, *_: Any, **__: Any,
+    grad: Any, x: Any, room: Any, cos: Any, sin: Any, of_attention: Any, of_mlp: Any, norms: Any, W: Any, A: Any, B: Any, shape: Any,
+    entries: Any, numbers: Any, packed: Any, of_x: bool, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    rows, whole = int(x[0] * x[1]), Shape(*shape)
-    first = whole.projections(INTO).stop
+    first = Shape(*shape).projections(INTO).stop  # those that x comes into
     products = sum(
-        int(2 * a[0] * w[0] + a[0] * w[1] + (of_x or i >= first) * w[1] * (w[0] + a[0]))
-        for i, (w, a) in enumerate(zip(W, A, strict=True))
+        tiles.backward_flops(x, None, None, W[own], A[own], B[own], 1.0, wanted)
+        for own, wanted in ((slice(first), of_x), (slice(first, None), True))
     )
-    return 2 * rows * products + 4 * 2 * whole.heads * whole.D * attention_tiles.seen(entries)
+    q = _queries(x, shape)
+    attention: int = attention_tiles.backward_flops(q, q, None, None, cos, sin, None, None, None, None, None, entries)
+    return products + attention
+
+
+def _queries(x: Any, shape: Any) -> tuple[int, int]:
+    """The shape of all queries, for x's."""
+    whole = Shape(*shape)
+    return x[0] * x[1], whole.heads * whole.D

@@ -15,7 +15,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from phinetune.lora import tiles
 from phinetune.lora.decoder import DecoderFunction, How
 from phinetune.lora.decoder_memory import CALLS, Shape
-from phinetune.lora.frozen import is_quantized
 from phinetune.lora.group import ordinary, plain_layer
 from phinetune.lora.linear import Linear
 from phinetune.model import attention_tiles, gated, kernels, residual, rotary
@@ -132,11 +131,8 @@ class DecoderLayer:
 
     def servable(self) -> bool:
         """True for weights that tiles can take, with numbers in main memory or without any."""
-        return all(
-            w.dtype is torch.bfloat16 and w.is_contiguous() and w.shape[0] % 32 == w.shape[1] % 32 == 0 and not is_quantized(w)
-            and w.device.type in ("cpu", "meta")
-            for w in (layer.weight for layer in self.layers)
-        )  # fmt: skip
+        weights = [layer.weight for layer in self.layers]
+        return all(tiles.takes(w) and w.device.type in ("cpu", "meta") for w in weights)
 
     def unpack(self) -> None:
         """Forget what `pack` made."""
@@ -148,10 +144,7 @@ class DecoderLayer:
         found = [packed for layer in self.layers if (packed := layer._buffers.get("packed")) is not None]
         if len(found) < len(weights) or not all(p.dtype is torch.bfloat16 and kernels.plain(p) for p in found):
             return ()
-        without_numbers = not any(
-            lies for lies, _ in self._made_of
-        )  # made of nothing yet, to be timed or followed only
-        return tuple(found) if without_numbers or self._made_of == [_state(w) for w in weights] else ()
+        return tuple(found) if self._made_of == [_state(w) for w in weights] else ()
 
     def _serves(self, tensors: list[Any]) -> bool:
         n, norms = len(self.layers), tensors[:2]
@@ -164,7 +157,7 @@ class DecoderLayer:
         return fits
 
 
-def decoder_layer(module: Any) -> DecoderLayer | None:
+def joinable(module: Any) -> DecoderLayer | None:
     """`module`, if it is a decoder layer that `residual.forward` computes, of parts that `rotary` and `gated` compute, with LoRA in all projections."""
     if not _computed_by(module, residual.forward):
         return None
@@ -201,9 +194,9 @@ def decoder_layer(module: Any) -> DecoderLayer | None:
     return DecoderLayer(parts, layers, shape)
 
 
-def join_layers(model: nn.Module, packed: bool | None) -> int:
-    """Let the decoder layers of `model` that can be be computed in one function; how many they are. packed: as `FastPaths` has it."""
-    found = [(module, layer) for module in model.modules() if (layer := decoder_layer(module)) is not None]
+def join_layers(model: nn.Module, packed: bool | None) -> None:
+    """Let those decoder layers of `model` be computed in one function of which that can be. packed: as `FastPaths` has it."""
+    found = [(module, layer) for module in model.modules() if (layer := joinable(module)) is not None]
     for module, layer in found:
         module.forward = functools.partial(residual.forward, module, compute=layer.forward)
     packable = [layer for _, layer in found if packed is not False and layer.servable()]
@@ -211,7 +204,6 @@ def join_layers(model: nn.Module, packed: bool | None) -> int:
     if packed or copies <= (main_memory() or 0) // _SHARE_FOR_COPIES:
         for layer in packable:
             layer.pack()
-    return len(found)
 
 
 def part_layers(model: nn.Module) -> None:
@@ -230,7 +222,7 @@ def is_packed(model: nn.Module) -> bool:
 
 def _state(weight: Tensor) -> tuple[int, int]:
     """Where a weight lies, and how often it was written to; nothing of one without numbers."""
-    numbers = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
+    numbers = type(weight) in kernels.WITH_NUMBERS and not weight.is_meta
     return (weight.data_ptr(), weight._version) if numbers else (0, 0)
 
 

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from phinetune.lora.frozen import is_quantized
 from phinetune.lora.functional import Spans, lora_linear
-from phinetune.model.kernels import built_for_tiles, operator, plain, undisturbed
+from phinetune.model.kernels import WITH_NUMBERS, built_for_tiles, operator, plain, undisturbed
 
 _MOST = 8
 """Layers in one call at most (tiles.c)."""
@@ -51,10 +51,8 @@ def library() -> Any:
     )
     if found is not None:
         found.lora_room.argtypes, found.lora_room.restype = (ctypes.c_void_p, ctypes.c_int), ctypes.c_int64
-        found.lora_pack.argtypes, found.lora_pack.restype = (
-            (*(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), *(ctypes.c_void_p,) * 2),
-            None,
-        )
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        found.lora_pack.argtypes, found.lora_pack.restype = (pointer, number, number, pointer, pointer), None
     return found
 
 
@@ -68,12 +66,19 @@ def usable(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tens
 def fit(width: int, layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]]) -> bool:
     """True if the functions serve layers of (W (out, in), bias, A (r, in), B (out, r)) for an x (..., in) in bfloat16 with in = `width`."""
     factors = layers[0][2].dtype
-    return width > 0 and width % 32 == 0 and all(
-        bias is None and not is_quantized(W) and W.dtype is torch.bfloat16 and W.is_contiguous() and W.shape[0] % 32 == 0
-        and W.shape[1] == A.shape[1] == width and B.shape == (W.shape[0], A.shape[0]) and len(W) > 0
+    return width > 0 and all(
+        bias is None and takes(W) and W.shape[1] == A.shape[1] == width and B.shape == (W.shape[0], A.shape[0]) and len(W) > 0
         and not W.requires_grad and A.dtype is B.dtype is factors and factors in (torch.float32, torch.bfloat16)
         and A.is_contiguous() and B.is_contiguous() and len(A) > 0 and all(plain(t) for t in (W, A, B))
         for W, bias, A, B in layers
+    )  # fmt: skip
+
+
+def takes(W: Tensor) -> bool:
+    """True for a weight that tiles read: dense, bfloat16, contiguous, both its sides multiples of 32."""
+    return (
+        not is_quantized(W) and W.dtype is torch.bfloat16 and W.is_contiguous()
+        and W.shape[0] % 32 == W.shape[1] % 32 == 0
     )  # fmt: skip
 
 
@@ -183,11 +188,11 @@ def operands(W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scal
 
 
 def pack(W: Tensor) -> Tensor:
-    """W (out, in), both multiples of 32, twice: (2, out, in) in the layouts in which tiles want it forward and backward."""
-    if W.dtype is not torch.bfloat16 or W.shape[0] % 32 or W.shape[1] % 32 or not W.is_contiguous():
+    """W (out, in) twice: (2, out, in) in the layouts in which tiles want it forward and backward. Raises ValueError for one that `takes` refuses."""
+    if not takes(W):
         raise ValueError(f"tiles do not take a weight of shape {tuple(W.shape)} in {W.dtype}")
     packed = W.new_empty(2, *W.shape)
-    if W.device.type == "cpu" and type(W) in (Tensor, torch.nn.Parameter):
+    if W.device.type == "cpu" and type(W) in WITH_NUMBERS:
         library().lora_pack(W.data_ptr(), *W.shape, packed[0].data_ptr(), packed[1].data_ptr())
     return packed
 
@@ -236,13 +241,13 @@ def lora_products_backward(
 
 
 @register_flop_formula(torch.ops.phinetune.lora_products)
-def _forward_flops(x: Any, W: Any, A: Any, B: Any, scaling: float, *, out_shape: Any = None, **_: Any) -> int:
+def forward_flops(x: Any, W: Any, A: Any, B: Any, scaling: float, *, out_shape: Any = None, **_: Any) -> int:
     one_row = sum(int(w[0] * w[1] + a[0] * (w[0] + w[1])) for w, a in zip(W, A, strict=True))
     return 2 * _rows(x) * one_row
 
 
 @register_flop_formula(torch.ops.phinetune.lora_products_backward)
-def _backward_flops(
+def backward_flops(
     x: Any, down: Any, g: Any, W: Any, A: Any, B: Any, scaling: float, of_x: bool, *, out_shape: Any = None, **_: Any
 ) -> int:
     def one(w: Any, a: Any) -> int:  # U and dB; dA; and dx, where it is wanted

@@ -186,20 +186,20 @@ def _run(function: Any, of: Heads, pointers: Sequence[int], strides: tuple[int, 
         raise MemoryError("attention: no memory for an entry's keys")
 
 
-def seen(entries: Sequence[int]) -> int:
+def _seen(entries: Sequence[int]) -> int:
     """Keys that all queries see, for one head."""
     return sum(n * before + n * (n + 1) // 2 for before, n in zip(entries[1::4], entries[3::4], strict=True))
 
 
 @register_flop_formula(torch.ops.phinetune.attention_rows)
-def _forward_flops(
+def forward_flops(
     q: Any, k: Any, v: Any, cos: Any, sin: Any, entries: Any, *_: Any, out_shape: Any = None, **__: Any
 ) -> int:
-    return 2 * 2 * int(q[1]) * seen(entries)
+    return 2 * 2 * int(q[1]) * _seen(entries)
 
 
 @register_flop_formula(torch.ops.phinetune.attention_rows_backward)
-def _backward_flops(
+def backward_flops(
     grad: Any, q: Any, k: Any, v: Any, cos: Any, sin: Any, out: Any, sums: Any, dq: Any, dk: Any, dv: Any, entries: Any, *_: Any, out_shape: Any = None, **__: Any
 ) -> int:  # fmt: skip
-    return 4 * 2 * int(q[1]) * seen(entries)  # dP, dQ, dK, dV; that P is formed again is no work that had to be done
+    return 4 * 2 * int(q[1]) * _seen(entries)  # dP, dQ, dK, dV; that P is formed again is no work that had to be done

@@ -5,6 +5,7 @@ No guessing from a processor's name: the same matrix product is timed in float32
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -114,32 +115,38 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 def available_memory() -> int | None:
     """Bytes of memory that this process can still take: the system's, and its container's where that is less; None if neither is known."""
-    container = _container_memory()
-    left = [] if container is None else [max(0, container[0] - container[1])]
-    return min([*_meminfo("MemAvailable"), *left], default=None)
+    meminfo, found = Path("/proc/meminfo"), list[int]()
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
+        if line.startswith("MemAvailable:"):
+            found.append(int(line.split()[1]) * 1024)
+    limit, used = memory_limit()
+    return min([*found, *([] if limit is None else [max(0, limit - used)])], default=None)
 
 
 def main_memory() -> int | None:
     """Bytes of memory that this machine has, or this process's container where that is less; None if neither is known."""
-    container = _container_memory()
-    return min([*_meminfo("MemTotal"), *([] if container is None else container[:1])], default=None)
+    return min((n for n in (_total_memory(), memory_limit()[0]) if n is not None), default=None)
 
 
-def _meminfo(name: str) -> list[int]:
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    return [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")]
-
-
-def _container_memory(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
-    """(what the control group (version 2) of this process may take, what it has, its file cache counted as free); None without a limit."""
+def _total_memory() -> int | None:
     try:
-        limit = int((folder / "memory.max").read_text())
-        used = int((folder / "memory.current").read_text())
-        lines = (folder / "memory.stat").read_text().splitlines()
-    except (OSError, ValueError):  # no such file, or "max"
+        return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # Windows
         return None
-    return limit, used - sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+
+
+def memory_limit(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int]:
+    """(bytes that a container may use, bytes in use that cannot be given back); (None, 0) without a limit."""
+    names = [("memory.max", "memory.current", "memory.stat")]
+    names += [("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")]
+    for limit_name, used_name, stat_name in names:
+        with contextlib.suppress(OSError, ValueError):
+            limit = int((folder / limit_name).read_text())  # "max": no limit
+            stat = dict(line.split() for line in (folder / stat_name).read_text().splitlines())
+            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            used = int((folder / used_name).read_text()) - cached
+            return (limit, used) if limit < 1 << 60 else (None, 0)
+    return None, 0
 
 
 def processor_name() -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from phinetune.artifact import cache_folder, versions
 from phinetune.errors import OutputError, first_line
-from phinetune.model.compute import available_memory, measured_speedup, processor_name
+from phinetune.model.compute import available_memory, main_memory, measured_speedup, processor_name
 
 _INSTRUCTION_SETS = {
     "avx2": "avx2",
@@ -102,18 +102,13 @@ def this_machine(output: Path | None = None) -> Machine:
     ]
     accelerators, speedup = _torch_devices(missing)
     _compiled_functions(missing)
-    limit, used = _memory_limit()
-    total, available = _total_memory(), available_memory()
-    if limit is not None:
-        total = min(total or limit, limit)
-        available = min(available or limit, max(limit - used, 0))
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         processor=_mac("machdep.cpu.brand_string") or processor_name(),
         cores=_cores(),
         instruction_sets=_instruction_sets(),
-        memory=total,
-        available_memory=available,
+        memory=main_memory(),
+        available_memory=available_memory(),
         accelerators=accelerators,
         providers=_providers(missing),
         versions=_versions(),
@@ -156,27 +151,6 @@ def _cores() -> int:
         if quota != "max":
             cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
     return cores
-
-
-def _total_memory() -> int | None:
-    try:
-        return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):  # Windows
-        return None
-
-
-def _memory_limit(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int]:
-    """(bytes that a container may use, bytes in use that cannot be given back); (None, 0) without a limit."""
-    names = [("memory.max", "memory.current", "memory.stat")]
-    names += [("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")]
-    for limit_name, used_name, stat_name in names:
-        with contextlib.suppress(OSError, ValueError):
-            limit = int((folder / limit_name).read_text())  # "max": no limit
-            stat = dict(line.split() for line in (folder / stat_name).read_text().splitlines())
-            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-            used = int((folder / used_name).read_text()) - cached
-            return (limit, used) if limit < 1 << 60 else (None, 0)
-    return None, 0
 
 
 def _torch_devices(missing: list[str]) -> tuple[tuple[Accelerator, ...], dict[str, float]]:

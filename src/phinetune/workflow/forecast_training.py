@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 _SLACK, _SLACK_CHECKPOINTING = 0.25, 1.75
 """What glibc's allocator keeps beyond what is alive, as a share of all that comes and goes in a step: freed pieces between blocks that
-stay are reused badly, most so where layers are recomputed, unless they hand on their memory themselves (`lora/decoder.py`). Measured, on the embedded model; with MALLOC_MMAP_THRESHOLD_=131072 in the
-environment it is nothing, and a step takes longer."""
+stay are reused badly, most so where layers are recomputed, unless they hand on their memory themselves (`lora/decoder.py`). Measured, on the
+embedded model; with MALLOC_MMAP_THRESHOLD_=131072 in the environment it is nothing, and a step takes longer."""
 _MEASURING = 6.0
 """Seconds that `plan` spends on real steps of three layers, about."""
 _FIRST_USE = 60 << 20
