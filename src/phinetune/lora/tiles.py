@@ -242,6 +242,7 @@ def lora_products_backward(
 
 @register_flop_formula(torch.ops.phinetune.lora_products)
 def forward_flops(x: Any, W: Any, A: Any, B: Any, scaling: float, *, out_shape: Any = None, **_: Any) -> int:
+    """Operations of `lora_products`, from the operands' shapes: 2 for each multiplication and addition."""
     one_row = sum(int(w[0] * w[1] + a[0] * (w[0] + w[1])) for w, a in zip(W, A, strict=True))
     return 2 * _rows(x) * one_row
 
@@ -250,6 +251,8 @@ def forward_flops(x: Any, W: Any, A: Any, B: Any, scaling: float, *, out_shape: 
 def backward_flops(
     x: Any, down: Any, g: Any, W: Any, A: Any, B: Any, scaling: float, of_x: bool, *, out_shape: Any = None, **_: Any
 ) -> int:
+    """Operations of `lora_products_backward`, counted alike."""
+
     def one(w: Any, a: Any) -> int:  # U and dB; dA; and dx, where it is wanted
         return int(2 * a[0] * w[0] + a[0] * w[1] + of_x * w[1] * (w[0] + a[0]))
 

@@ -195,6 +195,7 @@ def _seen(entries: Sequence[int]) -> int:
 def forward_flops(
     q: Any, k: Any, v: Any, cos: Any, sin: Any, entries: Any, *_: Any, out_shape: Any = None, **__: Any
 ) -> int:
+    """Operations of scores and of sums of values, over the keys that each query sees."""
     return 2 * 2 * int(q[1]) * _seen(entries)
 
 
@@ -202,4 +203,5 @@ def forward_flops(
 def backward_flops(
     grad: Any, q: Any, k: Any, v: Any, cos: Any, sin: Any, out: Any, sums: Any, dq: Any, dk: Any, dv: Any, entries: Any, *_: Any, out_shape: Any = None, **__: Any
 ) -> int:  # fmt: skip
+    """Operations of the four products behind them."""
     return 4 * 2 * int(q[1]) * _seen(entries)  # dP, dQ, dK, dV; that P is formed again is no work that had to be done
