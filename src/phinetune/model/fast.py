@@ -58,6 +58,8 @@ class FastPaths:
     """Cross-entropy and its gradient a piece at a time, never all logits at once."""
     rounded: bool = True
     """Batches filled up so that few shapes of products occur: each new one is compiled by oneDNN."""
+    optimizer: bool = True
+    """AdamW on a CPU: clipping and the step over all trained tensors in one call, by compiled functions, where they were built."""
     compiled: bool = False
     """Each decoder layer through torch's compiler: half a minute to two at the start, for a few per cent."""
 

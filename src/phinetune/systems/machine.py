@@ -180,9 +180,11 @@ def _compiled_functions(missing: list[str]) -> None:
     try:
         from phinetune.lora import fold
         from phinetune.model import kernels
+        from phinetune.training import adamw
     except (ImportError, OSError):  # no torch, which has been said
         return
-    wanting = [name for name, part in (("training on a CPU", kernels), ("merging", fold)) if part.library() is None]
+    parts = (("training on a CPU", kernels), ("merging", fold), ("AdamW", adamw))
+    wanting = [name for name, part in parts if part.library() is None]
     if wanting:
         missing.append(
             f"the compiled functions for {' and '.join(wanting)} were not built: install a C compiler, then phinetune again"

@@ -1,6 +1,7 @@
-"""`transformers.Trainer` with five things changed: the loss, evaluation by token, the order of examples, what a checkpoint holds, and who draws.
+"""`transformers.Trainer` with six things changed: the loss, evaluation by token, the order of examples, what a checkpoint holds, who draws,
+and who computes AdamW's step.
 
-Everything else (schedules, optimizers, accumulation, logging integrations, several processes) is the Trainer's. A checkpoint holds the
+Everything else (schedules, other optimizers, accumulation, logging integrations, several processes) is the Trainer's. A checkpoint holds the
 trained state that the caller's functions write and read; `trainer_state.json` comes last, so a checkpoint without it is not whole.
 """
 
@@ -20,6 +21,7 @@ from phinetune.data.order import EpochOrder
 from phinetune.errors import TrainingError
 from phinetune.events import Note, OnEvent, Progress
 from phinetune.model.fast import FastPaths
+from phinetune.training import adamw
 from phinetune.training.loss import learned_positions, supervised_loss
 from phinetune.training.rows import last_mlp
 
@@ -46,6 +48,7 @@ class AdapterTrainer(Trainer):
         self._save_state, self._load_state, self._parameter_groups = save_state, load_state, parameter_groups
         self._make_order, self._order_callback = order, OrderCallback()
         self._parameters: int | None = None
+        self._by_adamw = fast_paths.optimizer
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the learned tokens of each step
         self._head = self.model.get_output_embeddings()
@@ -76,6 +79,20 @@ class AdapterTrainer(Trainer):
             groups = self._parameter_groups(self.model, rate, self.args.weight_decay)
             self.optimizer: Any = kind(groups, lr=rate, **options)
         return super().create_optimizer()
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return (adamw.AdamW if kind is torch.optim.AdamW and self._by_adamw else kind), options
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """As the Trainer has it; for AdamW of one process, the step clips on its way."""
+        optimizer = getattr(self.optimizer, "optimizer", None)
+        alone = self.accelerator.num_processes == 1 and self.accelerator.scaler is None
+        norm = optimizer.gradient_norm() if alone and isinstance(optimizer, adamw.AdamW) else None
+        if norm is None or optimizer is None:
+            return super()._clip_grad_norm(model)
+        optimizer.clip = adamw.clipping(norm, float(self.args.max_grad_norm))
+        return norm
 
     @torch.no_grad()
     def evaluate(
