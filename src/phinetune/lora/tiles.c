@@ -22,7 +22,9 @@
 enum { MOST = 8 };          /* layers at most */
 enum { CACHED = 600000 };   /* numbers of a left operand that stay in the second cache while strip after strip is multiplied with them */
 enum { DEEPEST = 1024 };    /* numbers that a block of results goes along before its sums are put down */
-enum { PAST = 1 << 20 };    /* bytes of a result that are too many for a cache to hold until somebody reads them: they go past it */
+enum { PAST = 1 << 15 };    /* bytes of a result from which it goes past the caches: it lies in memory that has not been used for long, which a
+                             * store into a cache would have to read first */
+enum { PART = 192 };        /* columns of A that a thread packs at a time */
 
 typedef struct {
     int64_t K, n, R; /* first what stays the same from call to call (tiles.py has it packed) */
@@ -334,13 +336,13 @@ WITH_TILES static void products(const Layers *l, int back, const half *left, con
 
 WITH_TILES static void down(const Layers *l, half *X, half *panels, half *rows)
 {
-    int64_t steps = l->K / 32;
+    int64_t steps = l->K / 32, parts = (l->K + PART - 1) / PART;
 #pragma omp for schedule(static)
-    for (int64_t c = 0; c < l->R / 32; c++) { /* A as panels */
-        int64_t i = 0;
+    for (int64_t at = 0; at < l->R / 32 * parts; at++) { /* A as panels, a part of one at a time: there are few */
+        int64_t i = 0, c = at / parts, k = at % parts * PART, width = l->K - k < PART ? l->K - k : PART;
         while (i + 1 < l->n && l->at[i + 1] <= 32 * c) i++;
-        part_of(l->A[i], l->r[i], l->K, 32 * c - l->at[i], 0, l->K, 1.0f, l->wide, rows);
-        pack_rows(rows, l->K, panels + c * steps * 2 * TILE);
+        part_of(l->A[i], l->r[i], l->K, 32 * c - l->at[i], k, width, 1.0f, l->wide, rows);
+        pack_rows(rows, width, panels + (c * steps + k / 32) * 2 * TILE);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t m = 0; m < l->M; m += 32) {
@@ -361,7 +363,7 @@ WITH_TILES static int forward(const Layers *l)
     half *panels = room(l->R * l->K);
 #pragma omp parallel
     {
-        half *panel = room(2 * (cut(l, 0).deep + l->R) * 32), *rows = room(32 * l->K + 1024);
+        half *panel = room(2 * (cut(l, 0).deep + l->R) * 32), *rows = room(32 * PART + 1024);
         if (!panels || !panel || !rows) note(&failed);
 #pragma omp barrier
         if (!failed) {

@@ -150,6 +150,19 @@ WITH_TILES static void take(const Attention *a, const half *from, int64_t token,
 /* The gradient x (D) of a head's numbers, turned back and scaled -> to (D). */
 WITH_TILES static void give(const Attention *a, float *x, int64_t token, int turned, float scale, half *to)
 {
+    if (turned && a->width == a->D) {
+        const half *cos = a->cos + token * a->D, *sin = a->sin + token * a->D;
+        const __m512 by = _mm512_set1_ps(scale);
+        const int64_t n = a->D / 2;
+        for (int64_t i = 0; i < n; i += 16) {
+            __m512 low = _mm512_loadu_ps(x + i), high = _mm512_loadu_ps(x + n + i);
+            __m512 first = _mm512_fmadd_ps(high, load_halves(sin + n + i), _mm512_mul_ps(low, load_halves(cos + i)));
+            __m512 second = _mm512_fnmadd_ps(low, load_halves(sin + i), _mm512_mul_ps(high, load_halves(cos + n + i)));
+            store_halves(to + i, _mm512_mul_ps(first, by));
+            store_halves(to + n + i, _mm512_mul_ps(second, by));
+        }
+        return;
+    }
     if (turned) rotate(x, a->cos + token * a->width, a->sin + token * a->width, a->width, 1);
     for (int64_t i = 0; i < a->D; i += 16) store_halves(to + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(scale)));
 }
