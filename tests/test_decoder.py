@@ -442,5 +442,5 @@ def test_parts_of_memory_do_not_overlap() -> None:
         sizes = {at.y: 2 * M * 64, at.into[0]: states, at.attended: 2 * M * 128, at.sums: 4 * M * 4, at.inverse: 4 * M}
         for first, following in itertools.pairwise(firsts):
             assert first % 64 == 0 and first + sizes.get(first, 1) <= following
-        assert at.d_gate >= 2 * M * 128 and at.d_hidden >= at.d_gate + 2 * M * 2 * 96
+        assert at.d_both >= 2 * M * 128 and at.d_hidden >= at.d_both + 2 * 64 * 2 * 96  # rows filled up
         assert max(at.room_back, at.room) < 2 * at.meanwhile

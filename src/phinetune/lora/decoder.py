@@ -6,7 +6,8 @@ where Q, K, V, O, G, U and D are frozen weights with factors beside them. What i
 of the parts compute (`tiles.py`, `model/attention_tiles.py`, `model/residual.py`, `model/gated.py`): the same numbers, bit by bit. But
 there a layer is eight functions, each with its checks, its results and its node in autograd's graph, and on short batches this is a fifth
 of a step, in which one thread works. Here the compiled functions are called on addresses, one after the other: what a layer keeps for
-the way back lies in two blocks of memory, what it needs meanwhile in a third.
+the way back lies in two blocks of memory, what it needs meanwhile in a third. The activation and its gradients are computed on what they
+are made of while that is on its way to memory, and the last sum likewise.
 
 Not here: which layers are computed so, and when (`decoder_join.py`); the arithmetic; layers of which some projections have no factors; biases, dropout, quantized weights.
 """
@@ -170,11 +171,11 @@ def decoder_layer(
     library.rms_norm(
         X, meanwhile + at.out, w[1], two + at.total, two + at.z, two + at.inverse_total, M, h, numbers[1], 0
     )
-    tiles.multiply(M, two + at.z, of[WIDEN], [two + to for to in at.widen], two + at.slim[WIDEN], meanwhile + at.room)
-    gate, up, stride = two + at.gate, two + at.up, at.wide_stride
-    library.silu_gate(gate, stride, up, stride, two + at.inner, M, whole.inner, 0)
-    tiles.multiply(M, two + at.inner, of[NARROW], [result], two + at.slim[NARROW], meanwhile + at.room)
-    return found.add_(of_mlp[at.total // 2 :][: M * h].view(x.shape))
+    widen, slim = [two + to for to in at.widen], [two + to for to in at.slim]
+    tiles.multiply(M, two + at.z, of[WIDEN], widen, slim[WIDEN], meanwhile + at.room, inner=two + at.inner)
+    X, also, room_at = two + at.inner, two + at.total, meanwhile + at.room
+    tiles.multiply(M, X, of[NARROW], [result], slim[NARROW], room_at, also=also, blocked=tiles.X_BLOCKED)
+    return found
 
 
 @kernels.operator(
@@ -198,17 +199,16 @@ def decoder_layer_backward(
     of = _operands(whole, W, A, B, numbers, packed)
     library, w = kernels.library(), [t.data_ptr() for t in norms]
 
-    def back(call: int, X: int, slim: int, G: Sequence[int], dX: int) -> None:
+    def back(
+        call: int, X: int, slim: int, G: Sequence[int], dX: int, room: int = meanwhile + at.room_back, **more: int
+    ) -> None:
         own = whole.projections(call)
-        tiles.multiply_back(M, X, of[call], slim, G, dX, dA[own], dB[own], meanwhile + at.room_back)
+        tiles.multiply_back(M, X, of[call], slim, G, dX, dA[own], dB[own], room, **more)
 
-    narrow, hidden, total = meanwhile + at.d_narrow, meanwhile + at.d_hidden, meanwhile + at.d_total
-    back(NARROW, two + at.inner, two + at.slim[NARROW], [g], narrow)
-    gate, up, stride = two + at.gate, two + at.up, at.wide_stride
-    library.silu_gate_backward(
-        narrow, gate, stride, up, stride, meanwhile + at.d_gate, meanwhile + at.d_up, stride, M, whole.inner, 0
-    )
-    back(WIDEN, two + at.z, two + at.slim[WIDEN], [meanwhile + to for to in at.d_widen], hidden)
+    narrow, hidden, total, both = (meanwhile + to for to in (at.d_narrow, at.d_hidden, at.d_total, at.d_both))
+    gated = {"gate": two + at.gate, "up": two + at.up, "both": both, "stride": at.wide_stride}
+    back(NARROW, two + at.inner, two + at.slim[NARROW], [g], 0, blocked=tiles.X_BLOCKED, **gated)
+    back(WIDEN, two + at.z, two + at.slim[WIDEN], (), hidden, both, blocked=tiles.G_BLOCKED)
     library.rms_norm_backward(hidden, two + at.total, w[1], two + at.inverse_total, g, total, M, h, 0)
     back(OUT, one + at.attended, one + at.slim[OUT], [total], narrow)
     heads = _heads(whole, M, cos, entries, numbers)

@@ -8,6 +8,7 @@ other lie in the same place, which then is in the cache.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from phinetune.lora import tiles
@@ -89,34 +90,31 @@ class Places:
         self.total, self.z = block.part(M * h), block.part(M * h)
         self.gate, self.up = both = block.beside(M, (inner, inner), fused_mlp)
         self.widen = both[: shape.widen]
-        self.inner, self.inverse_total = block.part(M * inner), block.part(M, 4)
+        self.inner, self.inverse_total = block.part(rows * inner), block.part(M, 4)
         self.slim += [block.part(slim[WIDEN]), block.part(slim[NARROW])]
         self.of_mlp = block.numbers
         # meanwhile, forward
         block = _Block()
         self.out, self.room = block.part(M * h), block.part(_room(M, shape, ranks, False))
         forward = block.numbers
-        # and backward: gradients of what comes out of attention and of the MLP's inner numbers; of what goes into each
+        # and backward: gradients of what comes out of attention, of gate and up or of what goes into attention, of the layer's sums
         block = _Block()
-        self.d_narrow = block.part(M * max(inner, HD))
-        wide, narrow = _Block(), _Block()
-        self.d_gate, self.d_up = both = wide.beside(M, (inner, inner), fused_mlp)
+        self.d_narrow = block.part(M * HD)
+        narrow = _Block()
         self.d_q, self.d_k, self.d_v = states = narrow.beside(M, (HD, GD, GD), fused)
-        self.d_widen, self.d_into = both[: shape.widen], states[: shape.into]
-        start = block.part(max(wide.numbers, narrow.numbers))
-        for name in ("d_gate", "d_up", "d_q", "d_k", "d_v"):
-            setattr(self, name, getattr(self, name) + start)
-        self.d_widen, self.d_into = (tuple(at + start for at in parts) for parts in (self.d_widen, self.d_into))
+        start = self.d_both = block.part(max(_room(M, shape, ranks, True, (WIDEN,)), narrow.numbers))
+        self.d_q, self.d_k, self.d_v = states = tuple(at + start for at in states)
+        self.d_into = states[: shape.into]
         self.d_hidden, self.d_total = block.part(M * h), block.part(M * h)
-        self.room_back = block.part(_room(M, shape, ranks, True))
+        self.room_back = block.part(_room(M, shape, ranks, True, (INTO, OUT, NARROW)))
         self.meanwhile = max(forward, block.numbers)
 
 
-def _room(M: int, shape: Shape, ranks: tuple[int, ...], back: bool) -> int:
-    """What the calls need one after the other."""
+def _room(M: int, shape: Shape, ranks: tuple[int, ...], back: bool, calls: Sequence[int] = CALLS) -> int:
+    """What these calls need one after the other."""
     widths, inputs = shape.widths(), shape.inputs()
     found = []
-    for call in CALLS:
+    for call in calls:
         own = shape.projections(call)
         slim = sum(map(tiles.filled, ranks[own]))
         found.append(tiles.numbers_of_room(M, inputs[call], slim, widths[own], back))

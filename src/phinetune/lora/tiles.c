@@ -7,8 +7,9 @@
  * a block of 32 x 32 results stays in tile registers while it goes along W and the factors both, and is rounded once.
  *
  * Tiles load fastest from memory without gaps, so the left operands (X, G) are copied into blocks of 32 rows by 32 columns first, the last
- * rows filled up with zeros, and W is brought into the tiles' layout a panel of 32 columns at a time, on the way, unless it is there already
- * (lora_pack): two more copies, one for each direction.
+ * rows filled up with zeros, unless they come so: an MLP's activation is computed on gate and up, and its gradients on the gradient of what
+ * comes out, on their way to memory, and they lie blocked. W is brought into the tiles' layout a panel of 32 columns at a time, on the way,
+ * unless it is there already (lora_pack): two more copies, one for each direction.
  *
  * Plain C over pointers, called by tiles.py, which makes the checks: X (M, K), G_i and Y_i (M, N_i), W_i (N_i, K) bfloat16, rows contiguous;
  * A_i (r_i, K), B_i (N_i, r_i) and their gradients float32 or bfloat16; K and N_i multiples of 32. D and U are blocked as X is, M and each
@@ -17,6 +18,7 @@
  */
 #include "../model/tiles.h"
 #ifdef HAS_TILES
+#include "activation.h"
 #include <omp.h>
 
 enum { MOST = 8 };          /* layers at most */
@@ -42,21 +44,57 @@ typedef struct {
     void *dA[MOST];
     void *dB[MOST];
     half *D, *dX, *room; /* room: as much as lora_room says */
+    const half *also;    /* forward, of one layer: (M, N), added to its results */
+    half *inner;         /* forward, of gate and up, two layers or one of both: silu(gate) up goes there as well, blocked, (M filled up, width of gate) */
+    const half *gate, *up; /* backward: dX would be the gradient of their `inner`; instead those of gate and up go to `both`, blocked, side by side */
+    half *both;
+    int64_t stride, blocked; /* from one row of gate and up to the next; whether X and G are blocked, G in `room` */
 } Layers;
+
+enum { X_BLOCKED = 1, G_BLOCKED = 2 };
+
+/* ---- results on their way out ---- */
 
 /* Results of 32 rows and one or two panels that wait to be rounded and stored: a row at each step of the next ones. The tiles' own stores take
  * their time to arrive, and whole rows of 128 bytes go to memory faster than two halves at two times. */
-typedef struct { const float *from; half *to; int64_t stride, rows, width, next; int past; } Waiting;
+typedef struct {
+    const float *from;
+    half *to[2], *inner, *of_up[2]; /* of_up: `to` is where gradients of gate go, blocked; these of up */
+    const half *also[2], *gate[2], *up[2];
+    int64_t stride, rows, width, next;
+    int past;
+} Waiting;
+
+WITH_TILES static inline void store(half *to, __m512i x, int past)
+{
+    if (past) _mm512_stream_si512((void *)to, x);
+    else _mm512_storeu_si512(to, x);
+}
 
 WITH_TILES static inline void store_row(const Waiting *w, int64_t i)
 {
+    __m512i found[2];
     for (int64_t c = 0; c < w->width; c += 32) {
         const float *row = w->from + 32 * c + 32 * i;
-        half *to = w->to + i * w->stride + c;
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(row + 16), _mm512_load_ps(row));
-        if (w->past) _mm512_stream_si512((void *)to, both);
-        else _mm512_storeu_si512(to, both);
+        found[c / 32] = halves(_mm512_load_ps(row), _mm512_load_ps(row + 16));
     }
+    for (int64_t j = 0; j < w->width / 32; j++) {
+        if (w->of_up[0]) {
+            const __m512i gate = _mm512_loadu_si512(w->gate[j] + i * w->stride), up = _mm512_loadu_si512(w->up[j] + i * w->stride);
+            __m512 g[2] = {lower_numbers(gate), upper_numbers(gate)}, u[2] = {lower_numbers(up), upper_numbers(up)};
+            gradients_of_gated(lower_numbers(found[j]), g, u);
+            gradients_of_gated(upper_numbers(found[j]), g + 1, u + 1);
+            _mm512_store_si512(w->to[j] + 32 * i, halves(g[0], g[1]));
+            _mm512_store_si512(w->of_up[j] + 32 * i, halves(u[0], u[1]));
+            continue;
+        }
+        if (w->also[0]) {
+            const __m512i more = _mm512_loadu_si512(w->also[j] + i * w->stride);
+            found[j] = halves(_mm512_add_ps(lower_numbers(found[j]), lower_numbers(more)), _mm512_add_ps(upper_numbers(found[j]), upper_numbers(more)));
+        }
+        store(w->to[j] + i * w->stride, found[j], w->past);
+    }
+    if (w->inner) _mm512_store_si512(w->inner + 32 * i, gated(found[0], found[1]));
 }
 
 WITH_TILES static void finish(Waiting *w)
@@ -122,13 +160,15 @@ static int64_t total(const Layers *l)
 
 /* ---- the large products: Y = X W' + D B', and, `back`, dX = G W + U A ---- */
 
-typedef struct { int64_t layer, column, width; } Strip; /* 64 columns of a layer's results, or of dX; the last ones 32 */
+/* 64 columns of a layer's results, or of dX, the last ones 32; with `inner` 32 of gate and the same ones of up. */
+typedef struct { int64_t layer[2], column[2], width; } Strip;
 
 static int64_t strips_of(int64_t columns) { return (columns + 63) / 64; }
 
 static int64_t strips(const Layers *l, int back)
 {
     int64_t count = 0;
+    if (l->inner && !back) return total(l) / 64;
     for (int64_t i = 0; i < l->n && !back; i++) count += strips_of(l->N[i]);
     return back ? strips_of(l->K) : count;
 }
@@ -136,36 +176,37 @@ static int64_t strips(const Layers *l, int back)
 static Strip strip(const Layers *l, int back, int64_t at)
 {
     int64_t i = 0;
+    if (l->inner && !back) return (Strip){{0, l->n - 1}, {32 * at, 32 * at + (l->n == 1 ? l->N[0] / 2 : 0)}, 64};
     while (!back && at >= strips_of(l->N[i])) at -= strips_of(l->N[i++]);
     int64_t width = (back ? l->K : l->N[i]) - 64 * at;
-    return (Strip){i, 64 * at, width < 64 ? width : 64};
+    return (Strip){{i, i}, {64 * at, 64 * at + 32}, width < 64 ? width : 64};
 }
 
-/* The 32 x 32 numbers of the weights, rows K apart, that column c of a strip has at depth k. */
-static const half *square(const Layers *l, int back, Strip s, int64_t c, int64_t k)
+/* The 32 x 32 numbers of the weights, rows K apart, that panel j of a strip has at depth k. */
+static const half *square(const Layers *l, int back, Strip s, int64_t j, int64_t k)
 {
-    if (!back) return l->W[s.layer] + (s.column + c) * l->K + k;
+    if (!back) return l->W[s.layer[j]] + s.column[j] * l->K + k;
     int64_t i = 0;
     while (k >= l->N[i]) k -= l->N[i++];
-    return l->W[i] + k * l->K + s.column + c;
+    return l->W[i] + k * l->K + s.column[j];
 }
 
-WITH_TILES static void pack(const Layers *l, int back, Strip s, int64_t c, int64_t k, int64_t steps, half *tiles)
+WITH_TILES static void pack(const Layers *l, int back, Strip s, int64_t j, int64_t k, int64_t steps, half *tiles)
 {
     for (; steps; steps--, k += 32, tiles += 2 * TILE) {
-        const half *from = square(l, back, s, c, k);
+        const half *from = square(l, back, s, j, k);
         if (back) interleave(from, l->K, tiles, 32);
         else transpose_square(from, l->K, tiles);
     }
 }
 
-/* The same 32 x 32 numbers in the tiles' layout, where they are packed already; a column's next ones of the same layer follow. */
-static const half *packed_square(const Layers *l, int back, Strip s, int64_t c, int64_t k)
+/* The same 32 x 32 numbers in the tiles' layout, where they are packed already; a panel's next ones of the same layer follow. */
+static const half *packed_square(const Layers *l, int back, Strip s, int64_t j, int64_t k)
 {
-    if (!back) return l->packed[s.layer] + ((s.column + c) / 32 * l->K + k) * 32;
+    if (!back) return l->packed[s.layer[j]] + (s.column[j] / 32 * l->K + k) * 32;
     int64_t i = 0;
     while (k >= l->N[i]) k -= l->N[i++];
-    return l->packed[i] + ((s.column + c) / 32 * l->N[i] + k) * 32;
+    return l->packed[i] + (s.column[j] / 32 * l->N[i] + k) * 32;
 }
 
 /* Steps from depth k on, of `steps`, that are of one layer. */
@@ -178,15 +219,15 @@ static int64_t of_one_layer(const Layers *l, int back, int64_t k, int64_t steps)
 }
 
 /* The factors' part of a panel: A of all layers, or B of the strip's. */
-WITH_TILES static void pack_factors(const Layers *l, int back, Strip s, int64_t c, half *tiles, half *columns)
+WITH_TILES static void pack_factors(const Layers *l, int back, Strip s, int64_t j, half *tiles, half *columns)
 {
-    for (int64_t i = back ? 0 : s.layer; i < (back ? l->n : s.layer + 1); i++)
+    for (int64_t i = back ? 0 : s.layer[j]; i < (back ? l->n : s.layer[j] + 1); i++)
         for (int64_t k = 0; k < l->r[i]; k += 32, tiles += 2 * TILE)
             if (back) {
-                part_of(l->A[i], l->r[i], l->K, k, s.column + c, 32, 1.0f, l->wide, columns);
+                part_of(l->A[i], l->r[i], l->K, k, s.column[j], 32, 1.0f, l->wide, columns);
                 interleave(columns, 32, tiles, 32);
             } else {
-                part_of(l->B[i], l->N[i], l->r[i], s.column + c, k, 32, l->s, l->wide, columns);
+                part_of(l->B[i], l->N[i], l->r[i], s.column[j], k, 32, l->s, l->wide, columns);
                 transpose_square(columns, 32, tiles);
             }
 }
@@ -245,14 +286,14 @@ typedef struct {
 WITH_TILES static void fetch_share(const Part *p, Strip s, int64_t b) /* of the next strip's weights, while block b is multiplied */
 {
     for (int64_t j = p->steps * b / p->blocks; j < p->steps * (b + 1) / p->blocks; j++)
-        for (int64_t c = 0; c < s.width; c += 32) {
+        for (int64_t c = 0; c < s.width / 32; c++) {
             if (p->l->packed[0]) fetch_soon(packed_square(p->l, p->back, s, c, p->k + 32 * j), 32);
             else fetch_soon(square(p->l, p->back, s, c, p->k + 32 * j), p->l->K);
         }
 }
 
 /* 32 rows of the left operand times 32 columns of the weights, as deep as the part is; `panel` holds them unless they are packed already. */
-WITH_TILES static void along_weights(const Part *p, Own *own, Strip s, int64_t c, const half *left, const half *panel, int lower)
+WITH_TILES static void along_weights(const Part *p, Own *own, Strip s, int64_t j, const half *left, const half *panel, int lower)
 {
     if (!p->l->packed[0]) {
         along(left, panel, p->steps, lower, &own->waiting);
@@ -260,33 +301,60 @@ WITH_TILES static void along_weights(const Part *p, Own *own, Strip s, int64_t c
     }
     for (int64_t done = 0, run; done < p->steps; done += run, left += 1024 * run) {
         run = of_one_layer(p->l, p->back, p->k + 32 * done, p->steps - done);
-        along(left, packed_square(p->l, p->back, s, c, p->k + 32 * done), run, lower, &own->waiting);
+        along(left, packed_square(p->l, p->back, s, j, p->k + 32 * done), run, lower, &own->waiting);
     }
+}
+
+/* What becomes of 32 rows of a strip, from m on, that lie in `results`. */
+WITH_TILES static Waiting waiting(const Part *p, Strip s, int64_t m, const float *results)
+{
+    const Layers *l = p->l;
+    const int64_t there = l->M - m < 32 ? l->M - m : 32, stride = p->back ? l->K : l->N[s.layer[0]];
+    Waiting w = {.from = results, .stride = stride, .rows = there, .width = s.width, .past = l->M * stride * 2 > PAST};
+    for (int64_t j = 0; j < s.width / 32; j++) {
+        const int64_t at = m * stride + s.column[j];
+        if (p->back && l->both) {
+            w.to[j] = l->both + 2 * m * l->K + 32 * s.column[j];
+            w.of_up[j] = w.to[j] + 32 * l->K;
+            w.gate[j] = l->gate + m * l->stride + s.column[j];
+            w.up[j] = l->up + m * l->stride + s.column[j];
+            memset(w.to[j] + 32 * there, 0, (size_t)(32 - there) * 64);
+            memset(w.of_up[j] + 32 * there, 0, (size_t)(32 - there) * 64);
+            w.stride = l->stride;
+        } else {
+            w.to[j] = (p->back ? l->dX : l->Y[s.layer[j]]) + at;
+            w.past = w.past && (uintptr_t)w.to[j] % 64 == 0;
+            if (!p->back && l->also) w.also[j] = l->also + at;
+        }
+    }
+    if (!p->back && l->inner) {
+        w.inner = l->inner + m * total(l) / 2 + 32 * s.column[0];
+        memset(w.inner + 32 * there, 0, (size_t)(32 - there) * 64);
+    }
+    return w;
 }
 
 WITH_TILES static void multiply_cell(const Part *p, Own *own, Strip s, int64_t cell)
 {
     const Layers *l = p->l;
-    const int64_t m = p->from + 32 * (cell % p->blocks), there = l->M - m < 32 ? l->M - m : 32;
-    const int64_t more = (p->back ? l->R : filled(l->r[s.layer])) / 32, first = p->back ? 0 : l->at[s.layer];
-    for (int64_t c = 0; c < s.width; c += 32) {
-        const half *panel = own->panels + c * (p->cuts.deep + l->R);
-        float *kept = p->sums + cell * 2048 + 32 * c;
-        if (p->k) resume(kept, there > 16);
+    const int64_t m = p->from + 32 * (cell % p->blocks), lower = l->M - m > 16;
+    for (int64_t j = 0; j < s.width / 32; j++) {
+        const half *panel = own->panels + 32 * j * (p->cuts.deep + l->R);
+        const int64_t more = (p->back ? l->R : filled(l->r[s.layer[j]])) / 32, first = p->back ? 0 : l->at[s.layer[j]];
+        float *kept = p->sums + cell * 2048 + 1024 * j;
+        if (p->k) resume(kept, lower);
         else clear();
-        along_weights(p, own, s, c, p->left + m * p->cuts.depth + 32 * p->k, panel, there > 16);
+        along_weights(p, own, s, j, p->left + m * p->cuts.depth + 32 * p->k, panel, lower);
         if (!p->last) {
-            keep(kept, there > 16);
+            keep(kept, lower);
             continue;
         }
-        along(p->slim + m * l->R + 32 * first, panel + p->steps * 2 * TILE, more, there > 16, &own->waiting);
-        fetch(own->results[own->turn] + 32 * c, 32, there > 16);
+        along(p->slim + m * l->R + 32 * first, panel + p->steps * 2 * TILE, more, lower, &own->waiting);
+        fetch(own->results[own->turn] + 1024 * j, 32, lower);
     }
     if (!p->last) return;
     finish(&own->waiting);
-    const int64_t stride = p->back ? l->K : l->N[s.layer];
-    half *to = (p->back ? l->dX : l->Y[s.layer]) + m * stride + s.column;
-    own->waiting = (Waiting){own->results[own->turn], to, stride, there, s.width, 0, l->M * stride * 2 > PAST && (uintptr_t)to % 64 == 0};
+    own->waiting = waiting(p, s, m, own->results[own->turn]);
     own->turn = !own->turn;
 }
 
@@ -296,10 +364,10 @@ WITH_TILES static void multiply_cells(const Part *p, Own *own, int64_t cell, int
     while (cell < stop) {
         const int64_t at = cell / p->blocks, end = (at + 1) * p->blocks < stop ? (at + 1) * p->blocks : stop;
         const Strip s = strip(p->l, p->back, at);
-        for (int64_t c = 0; c < s.width; c += 32) {
-            half *panel = own->panels + c * (p->cuts.deep + p->l->R);
-            if (!p->l->packed[0]) pack(p->l, p->back, s, c, p->k, p->steps, panel);
-            if (p->last) pack_factors(p->l, p->back, s, c, panel + p->steps * 2 * TILE, own->columns);
+        for (int64_t j = 0; j < s.width / 32; j++) {
+            half *panel = own->panels + 32 * j * (p->cuts.deep + p->l->R);
+            if (!p->l->packed[0]) pack(p->l, p->back, s, j, p->k, p->steps, panel);
+            if (p->last) pack_factors(p->l, p->back, s, j, panel + p->steps * 2 * TILE, own->columns);
         }
         for (; cell < end; cell++) {
             if (end < stop) fetch_share(p, strip(p->l, p->back, at + 1), cell % p->blocks);
@@ -334,6 +402,7 @@ WITH_TILES static void products(const Layers *l, int back, const half *left, con
 
 /* ---- forward ---- */
 
+/* X is blocked, unless it comes so, and D = X A' made. */
 WITH_TILES static void down(const Layers *l, half *X, half *panels, half *rows)
 {
     int64_t steps = l->K / 32, parts = (l->K + PART - 1) / PART;
@@ -346,7 +415,7 @@ WITH_TILES static void down(const Layers *l, half *X, half *panels, half *rows)
     }
 #pragma omp for schedule(dynamic)
     for (int64_t m = 0; m < l->M; m += 32) {
-        block_rows(l->X, l->M, l->K, m, X + m * l->K);
+        if (!(l->blocked & X_BLOCKED)) block_rows(l->X, l->M, l->K, m, X + m * l->K);
         for (int64_t c = 0; c < l->R / 32; c++) {
             clear();
             multiply(X + m * l->K, 32, 1024, panels + c * steps * 2 * TILE, steps, l->M - m > 16);
@@ -360,7 +429,7 @@ WITH_TILES static int forward(const Layers *l)
 {
     int failed = 0;
     int64_t next = 0;
-    half *panels = room(l->R * l->K);
+    half *panels = room(l->R * l->K), *X = l->blocked & X_BLOCKED ? (half *)l->X : l->room;
 #pragma omp parallel
     {
         half *panel = room(2 * (cut(l, 0).deep + l->R) * 32), *rows = room(32 * PART + 1024);
@@ -368,8 +437,8 @@ WITH_TILES static int forward(const Layers *l)
 #pragma omp barrier
         if (!failed) {
             shape_tiles();
-            down(l, l->room, panels, rows);
-            products(l, 0, l->room, l->D, panel, rows, &next);
+            down(l, X, panels, rows);
+            products(l, 0, X, l->D, panel, rows, &next);
             _tile_release();
         }
         free(panel);
@@ -395,7 +464,7 @@ WITH_TILES static void gradient_of_D(const Layers *l, half *G, half *panels, hal
 #pragma omp for schedule(dynamic)
         for (int64_t m = 0; m < l->M; m += 32) {
             half *rows = G + m * width + 32 * start;
-            block_rows(l->G[i], l->M, l->N[i], m, rows);
+            if (!(l->blocked & G_BLOCKED)) block_rows(l->G[i], l->M, l->N[i], m, rows);
             for (int64_t c = 0; c < parts; c++) {
                 clear();
                 multiply(rows, 32, 1024, panels + c * steps * 2 * TILE, steps, 1);
@@ -441,7 +510,10 @@ WITH_TILES static void gradients_of_factors(const Layers *l, const half *G, cons
     const int64_t deep = filled(l->M), width = total(l);
 #pragma omp for schedule(dynamic) nowait
     for (int64_t n = 0; n < l->K; n += 32) {
-        for (int64_t m = 0; m < l->M; m += 32) interleave(l->X + m * l->K + n, l->K, panel + m * 32, l->M - m);
+        for (int64_t m = 0; m < l->M; m += 32) {
+            if (l->blocked & X_BLOCKED) interleave(l->X + m * l->K + 32 * n, 32, panel + m * 32, 32);
+            else interleave(l->X + m * l->K + n, l->K, panel + m * 32, l->M - m);
+        }
         for (int64_t i = 0; i < l->n; i++) over_rows(turned_U + l->at[i] * deep, l->r[i], deep, panel, n, l->K, l->dA[i], 0, 1.0f, l->wide);
     }
     for (int64_t i = 0, start = 0; i < l->n; start += l->N[i++]) {
@@ -467,7 +539,7 @@ WITH_TILES static int backward(const Layers *l)
         if (!failed) {
             shape_tiles();
             gradient_of_D(l, l->room, panels, U, columns);
-            if (l->dX) products(l, 1, l->room, U, panel, columns, &next);
+            if (l->dX || l->both) products(l, 1, l->room, U, panel, columns, &next);
             turn(l, U, turned);
             turn(l, l->D, turned + l->R * high);
             gradients_of_factors(l, l->room, turned, turned + l->R * high, panel);

@@ -32,7 +32,7 @@ FEWEST = 32
 """Rows that x has at least: one block of tiles."""
 
 
-_SAME, _OF_CALL = struct.Struct(f"3q{4 * _MOST}Q{3 * _MOST}qfi"), struct.Struct(f"q{1 + 4 * _MOST + 3}Q")
+_SAME, _OF_CALL = struct.Struct(f"3q{4 * _MOST}Q{3 * _MOST}qfi"), struct.Struct(f"q{1 + 4 * _MOST + 8}Q2q")
 """`Layers` of tiles.c: what stays the same from call to call, and the rest."""
 
 
@@ -152,9 +152,11 @@ def numbers_of_room(M: int, K: int, R: int, N: tuple[int, ...], back: bool) -> i
 
 def _of_call(
     M: int, X: int = 0, G: Sequence[int] = (), Y: Sequence[int] = (), dA: Sequence[int] = (), dB: Sequence[int] = (),
-    D: int = 0, dX: int = 0, room: int = 0,
+    D: int = 0, dX: int = 0, room: int = 0, also: int = 0, inner: int = 0, gate: int = 0, up: int = 0, both: int = 0, stride: int = 0,
+    blocked: int = 0,
 ) -> bytes:  # fmt: skip
-    return _OF_CALL.pack(M, X, *_padded(G), *_padded(Y), *_padded(dA), *_padded(dB), D, dX, room)
+    addresses = X, *_padded(G), *_padded(Y), *_padded(dA), *_padded(dB), D, dX, room, also, inner, gate, up, both
+    return _OF_CALL.pack(M, *addresses, stride, blocked)
 
 
 def _padded(values: Sequence[int]) -> tuple[int, ...]:
@@ -197,16 +199,33 @@ def pack(W: Tensor) -> Tensor:
     return packed
 
 
-def multiply(M: int, X: int, of: Operands, Y: Sequence[int], D: int, room: int) -> None:
-    """Y_i (M, out_i) = X W_iᵀ + s D_i B_iᵀ, and D, (M and ranks filled up), at these addresses; X (M, in), rows contiguous."""
-    _run(library().lora_forward, of.forward + _of_call(M, X, Y=Y, D=D, room=room))
+X_BLOCKED, G_BLOCKED = 1, 2
+"""X, or all G side by side in `room`, lie in blocks of 32 rows by 32 columns, the last rows filled up with zeros."""
+
+
+def multiply(
+    M: int, X: int, of: Operands, Y: Sequence[int], D: int, room: int, also: int = 0, inner: int = 0, blocked: int = 0
+) -> None:
+    """Y_i (M, out_i) = X W_iᵀ + s D_i B_iᵀ, and D, (M and ranks filled up), at these addresses; X (M, in), rows contiguous.
+
+    also: of one layer, (M, out), is added to Y. inner: where silu(gate) · up goes, blocked, if Y are gate and up, or one of both side by side.
+    """
+    _run(
+        library().lora_forward,
+        of.forward + _of_call(M, X, (), Y, D=D, room=room, also=also, inner=inner, blocked=blocked),
+    )
 
 
 def multiply_back(
-    M: int, X: int, of: Operands, D: int, G: Sequence[int], dX: int, dA: Sequence[int], dB: Sequence[int], room: int
-) -> None:
-    """dX (M, in), if its address is not 0, dA_i and dB_i, for G_i (M, out_i) and what `multiply` took and gave."""
-    _run(library().lora_backward, of.back + _of_call(M, X, G, (), dA, dB, D, dX, room))
+    M: int, X: int, of: Operands, D: int, G: Sequence[int], dX: int, dA: Sequence[int], dB: Sequence[int], room: int, blocked: int = 0,
+    gate: int = 0, up: int = 0, both: int = 0, stride: int = 0,
+) -> None:  # fmt: skip
+    """dX (M, in), if its address is not 0, dA_i and dB_i, for G_i (M, out_i) and what `multiply` took and gave.
+
+    both: where X is `inner`, the gradients of gate and up, rows `stride` numbers apart, are put there instead of dX, as G_BLOCKED wants them.
+    """
+    of_call = _of_call(M, X, G, (), dA, dB, D, dX, room, 0, 0, gate, up, both, stride, blocked)
+    _run(library().lora_backward, of.back + of_call)
 
 
 @operator("lora_products(Tensor x, Tensor[] W, Tensor[] A, Tensor[] B, float scaling) -> Tensor[]", _forward_results)

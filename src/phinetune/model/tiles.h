@@ -5,6 +5,7 @@
  *
  * Everything is static: each of the two files is a library of its own. Only for gcc on x86-64 Linux (`HAS_TILES`).
  */
+#pragma once
 #if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
 #define HAS_TILES 1
 #include <cpuid.h>
@@ -66,8 +67,8 @@ WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t
     if (lower)
         for (int64_t k = 0; k < steps; k++, left += advance, panel += 2 * TILE) {
             _tile_loadd(4, left, stride * 2);
-            _tile_loadd(6, panel, 64);
-            _tile_loadd(7, panel + TILE, 64);
+            _tile_stream_loadd(6, panel, 64);
+            _tile_stream_loadd(7, panel + TILE, 64);
             _tile_loadd(5, left + 16 * stride, stride * 2);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
@@ -77,8 +78,8 @@ WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t
     else
         for (int64_t k = 0; k < steps; k++, left += advance, panel += 2 * TILE) {
             _tile_loadd(4, left, stride * 2);
-            _tile_loadd(6, panel, 64);
-            _tile_loadd(7, panel + TILE, 64);
+            _tile_stream_loadd(6, panel, 64);
+            _tile_stream_loadd(7, panel + TILE, 64);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
         }
