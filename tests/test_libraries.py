@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,3 +50,31 @@ def test_for_good_freezes_only_where_something_was_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "True", "True"]
+
+
+def test_transformers_reads_its_models_once_and_has_the_same_names() -> None:
+    code = """
+import sys
+from phinetune.libraries import import_libraries
+import transformers
+from transformers.utils import import_utils
+read, own, made = [], import_utils.fetch__all__, import_utils.create_import_structure_from_path
+import_utils.fetch__all__ = lambda content: read.append(1) or own(content)
+if sys.argv[1] == "once":
+    import_libraries("transformers.models.auto")
+import transformers.models
+assert import_utils.create_import_structure_from_path is made
+print(len(read), len(dir(transformers.models)), hash(tuple(sorted(dir(transformers.models)))))
+"""
+    once, plain = (
+        subprocess.run(
+            [sys.executable, "-c", code, way],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+        ).stdout.split()
+        for way in ("once", "plain")
+    )
+    assert int(once[0]) < 100 and int(plain[0]) > 1000, "transformers keeps what it has read: _files_read_once may go"
+    assert once[1:] == plain[1:] and int(once[1]) > 1000
