@@ -147,44 +147,38 @@ def test_a_half_written_checkpoint_is_not_resumed_from(
     assert adapter_bytes(resumed.folder) == adapter_bytes(whole.folder)
 
 
-@pytest.mark.parametrize("moment", [0, 1, 2])
-def test_kill_9_and_the_same_command_again(moment: int, llama_folder: Path, tmp_path: Path) -> None:
+def test_kill_9_and_the_same_command_again(llama_folder: Path, tmp_path: Path) -> None:
     """A real process, a real SIGKILL, at three moments of the run."""
     data = write_rows(tmp_path / "tone.jsonl", tone_rows(64))
     config = {"per_device_train_batch_size": 2, "num_train_epochs": 3, "save_steps": 5, "learning_rate": 1e-3}
     settings = [f"--set=training_config.{k}={v}" for k, v in config.items()]
-    base = [
-        sys.executable,
-        "-m",
-        "phinetune",
-        "finetune",
-        "-m",
-        str(llama_folder),
-        "-d",
-        str(data),
-        "--prompt",
-        PROMPT["prompt"],
-    ]
-    command = [*base, "--completion", PROMPT["completion"], *settings, "--set=peft_config.lora_dropout=0.1", "-o"]
+    base = [sys.executable, "-m", "phinetune", "finetune", "-m", str(llama_folder), "-d", str(data)]
+    texts = ["--prompt", PROMPT["prompt"], "--completion", PROMPT["completion"]]
+    command = [*base, *texts, *settings, "--set=peft_config.lora_dropout=0.1", "-o"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment
-    )
-    partial = partial_folder(tmp_path / "killed")
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        found = [int(p.name.rpartition("-")[2]) for p in partial.glob("checkpoint-*")]
-        if max(found, default=0) >= 10 + 20 * moment:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.002)
-    assert process.wait() == -signal.SIGKILL
-    assert partial.is_dir() and not (tmp_path / "killed").exists()
-    for name in ("killed", "whole"):
+
+    def finish(name: str) -> str:
         done = subprocess.run([*command, str(tmp_path / name)], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
-        assert ("going on from checkpoint-" in done.stderr) == (name == "killed")
-    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
+        return done.stderr
+
+    assert "going on from checkpoint-" not in finish("whole")
+    for moment in range(3):
+        killed = tmp_path / f"killed-{moment}"
+        process = subprocess.Popen(
+            [*command, str(killed)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            found = [int(p.name.rpartition("-")[2]) for p in partial_folder(killed).glob("checkpoint-*")]
+            if max(found, default=0) >= 10 + 20 * moment:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        assert process.wait() == -signal.SIGKILL
+        assert partial_folder(killed).is_dir() and not killed.exists()
+        assert "going on from checkpoint-" in finish(killed.name)
+        assert adapter_bytes(killed) == adapter_bytes(tmp_path / "whole")
 
 
 def test_a_disk_that_fills_up_in_training_costs_nothing_but_time(
