@@ -474,34 +474,45 @@ WITH_TILES static void gradient_of_D(const Layers *l, half *G, half *panels, hal
     }
 }
 
-/* Blocked rows of D or U, (M filled up, R) -> (R, M filled up); what fills a rank up is left out. */
-static void turn(const Layers *l, const half *from, half *to)
+/* Blocked rows of D or U, (M filled up, R) -> (R, M filled up). */
+WITH_TILES static void turn(const Layers *l, const half *from, half *to)
 {
-    int64_t width = filled(l->M);
+    const int64_t width = filled(l->M);
+    half pairs[2 * TILE] __attribute__((aligned(64))), turned[2 * TILE] __attribute__((aligned(64)));
 #pragma omp for schedule(static)
     for (int64_t m = 0; m < l->M; m += 32)
-        for (int64_t i = 0; i < l->n; i++)
-            for (int64_t c = l->at[i]; c < l->at[i] + l->r[i]; c++)
-                for (int64_t j = 0; j < 32; j++) to[c * width + m + j] = from[m * l->R + c / 32 * 1024 + 32 * j + c % 32];
+        for (int64_t c = 0; c < l->R; c += 32) {
+            interleave(from + m * l->R + 32 * c, 32, pairs, 32);
+            transpose_square(pairs, 32, turned);
+            for (int64_t i = 0; i < 32; i++) _mm512_storeu_si512(to + (c + i) * width + m, _mm512_load_si512(turned + 32 * i));
+        }
 }
 
-static inline void set(void *to, int64_t at, float value, int wide)
+/* The first `count` of 16 numbers, at most 16, from `at` on. */
+WITH_TILES static inline void set(void *to, int64_t at, __m512 x, int64_t count, int wide)
 {
-    if (wide) ((float *)to)[at] = value;
-    else ((half *)to)[at] = rounded(value);
+    const __mmask16 there = count >= 16 ? 0xffff : (__mmask16)((1 << count) - 1);
+    if (wide) _mm512_mask_storeu_ps((float *)to + at, there, x);
+    else _mm256_mask_storeu_epi16((half *)to + at, there, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
 /* left (r, M filled up) times a panel of 32 columns from n on -> to (r, width), or (width, r) if `across`, scaled. */
 WITH_TILES static void over_rows(const half *left, int64_t r, int64_t deep, const half *panel, int64_t n, int64_t width, void *to, int across, float s, int wide)
 {
-    float block[1024] __attribute__((aligned(64)));
+    float block[1024] __attribute__((aligned(64))), square[256] __attribute__((aligned(64)));
+    const __m512 scale = _mm512_set1_ps(s);
     for (int64_t c = 0; c < r; c += 32) {
-        int64_t there = r - c < 32 ? r - c : 32;
+        const int64_t there = r - c < 32 ? r - c : 32;
         clear();
         multiply(left + c * deep, deep, 32, panel, deep / 32, there > 16);
         fetch(block, 32, there > 16);
-        for (int64_t i = 0; i < there; i++)
-            for (int64_t j = 0; j < 32; j++) set(to, across ? (n + j) * r + c + i : (c + i) * width + n + j, s * block[32 * i + j], wide);
+        for (int64_t j = 0; j < 32; j += 16) {
+            for (int64_t i = 0; i < there && !across; i++) set(to, (c + i) * width + n + j, _mm512_mul_ps(scale, _mm512_load_ps(block + 32 * i + j)), 16, wide);
+            for (int64_t i = 0; i < there && across; i += 16) {
+                transpose_pairs((const half *)(block + 32 * i + j), 64, (half *)square);
+                for (int64_t k = 0; k < 16; k++) set(to, (n + j + k) * r + c + i, _mm512_mul_ps(scale, _mm512_load_ps(square + 16 * k)), there - i, wide);
+            }
+        }
     }
 }
 
