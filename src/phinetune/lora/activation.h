@@ -8,7 +8,6 @@
 
 WITH_TILES static inline __m512 lower_numbers(__m512i x) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(x)), 16); }
 WITH_TILES static inline __m512 upper_numbers(__m512i x) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(x, 1)), 16); }
-WITH_TILES static inline __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 /* 1 + e^-x; the constants are explained there. */
 WITH_TILES static inline __m512 one_and_exponential(__m512 x)

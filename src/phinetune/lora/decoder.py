@@ -171,10 +171,10 @@ def decoder_layer(
     library.rms_norm(
         X, meanwhile + at.out, w[1], two + at.total, two + at.z, two + at.inverse_total, M, h, numbers[1], 0
     )
-    widen, slim = [two + to for to in at.widen], [two + to for to in at.slim]
-    tiles.multiply(M, two + at.z, of[WIDEN], widen, slim[WIDEN], meanwhile + at.room, inner=two + at.inner)
-    X, also, room_at = two + at.inner, two + at.total, meanwhile + at.room
-    tiles.multiply(M, X, of[NARROW], [result], slim[NARROW], room_at, also=also, blocked=tiles.X_BLOCKED)
+    widen, inner, total = [two + to for to in at.widen], two + at.inner, two + at.total
+    tiles.multiply(M, two + at.z, of[WIDEN], widen, two + at.slim[WIDEN], meanwhile + at.room, inner=inner)
+    narrow = of[NARROW], [result], two + at.slim[NARROW], meanwhile + at.room
+    tiles.multiply(M, inner, *narrow, also=total, blocked=tiles.X_BLOCKED)
     return found
 
 

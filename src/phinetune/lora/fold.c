@@ -9,15 +9,11 @@
  * operators serve. Not here: dtypes other than bfloat16 and float32, checks.
  */
 #if defined(__GNUC__)
+#include "../model/processors.h"
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__linux__) && defined(__x86_64__) && !defined(__clang__)
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EVERY_PROCESSOR
-#endif
 #define ALWAYS static inline __attribute__((always_inline))
 
 enum {

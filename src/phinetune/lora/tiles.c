@@ -129,7 +129,7 @@ WITH_TILES static void part_of(const void *from, int64_t rows, int64_t width, in
         for (int64_t k = 0; k < count; k += 32, to += 32) {
             int64_t there = row + i < rows ? width - column - k : 0, at = (row + i) * width + column + k;
             __m512 low = sixteen(from, at, there, wide), high = sixteen(from, at + 16, there - 16, wide);
-            _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale)));
+            _mm512_storeu_si512(to, halves(_mm512_mul_ps(low, scale), _mm512_mul_ps(high, scale)));
         }
 }
 

@@ -8,15 +8,10 @@
  * shapes and its reference are named). Threads are those of torch: the OpenMP calls are left to be resolved by the library that torch has
  * loaded. Not here: dtypes other than bfloat16 and float32, strides other than between rows, checks (kernels.py makes them).
  */
+#include "processors.h"
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-
-#if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EVERY_PROCESSOR
-#endif
 
 enum { WIDEST = 8192 }; /* numbers of a row worked on at a time; kernels.py refuses wider normalizations and heads */
 static const int64_t GRAIN = 1 << 14; /* numbers that are worth a thread */

@@ -118,15 +118,15 @@ WITH_TILES static inline void fetch(float *to, int64_t stride, int lower)
     __asm__ volatile("" : : : "memory"); /* of stores gcc is not told either */
 }
 
+/* 32 numbers, rounded to bfloat16. */
+WITH_TILES static inline __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
 /* Tiles 0 to 3 -> the first `rows` rows of 32 in bfloat16. */
 WITH_TILES static inline void put(half *to, int64_t stride, int64_t rows)
 {
     float block[1024] __attribute__((aligned(64)));
     fetch(block, 32, rows > 16);
-    for (int64_t i = 0; i < rows; i++) {
-        __m512 low = _mm512_load_ps(block + 32 * i), high = _mm512_load_ps(block + 32 * i + 16);
-        _mm512_storeu_si512(to + i * stride, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
+    for (int64_t i = 0; i < rows; i++) _mm512_storeu_si512(to + i * stride, halves(_mm512_load_ps(block + 32 * i), _mm512_load_ps(block + 32 * i + 16)));
 }
 
 /* ---- operands in the tiles' layout: tile row p, column n holds the pair (2p, n), (2p + 1, n) of the right operand ---- */

@@ -11,15 +11,10 @@
  * Plain C over pointers, loaded by ctypes (adamw.py, which makes the checks and names the reference). OpenMP calls are left to be resolved
  * by the library that torch has loaded. Not here: dtypes other than float32, amsgrad, other optimizers.
  */
+#include "../model/processors.h"
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
-
-#if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EVERY_PROCESSOR
-#endif
 
 enum { PIECE = 1 << 13, LANES = 64 };
 
@@ -69,12 +64,12 @@ static void update(float *restrict p, const float *restrict g, float *restrict m
     }
 }
 
-/* Of all g together; what is no number without memory. */
+/* Of all g together; -1 without memory. */
 double sum_of_squares(const Trained *all, int64_t count)
 {
     const int64_t parts = pieces(all, count);
     double *sums = malloc((size_t)(parts ? parts : 1) * sizeof(double)), sum = 0.0;
-    if (!sums) return NAN;
+    if (!sums) return -1.0;
 #pragma omp parallel
     {
         int64_t i = 0, first = 0;

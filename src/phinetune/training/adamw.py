@@ -70,14 +70,20 @@ class AdamW(torch.optim.AdamW):
     """torch's AdamW. `clip` multiplies the gradients of the next step, and only of that one; the gradients stay as they are."""
 
     clip: float = 1.0
+    _kept: list[_Plan] | None = None  # those of the last step
 
     def gradient_norm(self) -> float | None:
-        """The 2-norm of all gradients together; None if they cannot be read here. The reference is `torch.nn.utils.get_total_norm`."""
+        """The 2-norm of all gradients together; None if they cannot be read here. The reference is `torch.nn.utils.get_total_norm`.
+
+        Raises MemoryError where there is none.
+        """
         plans = self._plans()
         if plans is None:
             return None
-        squares: float = sum(library().sum_of_squares(plan.address, len(plan.entries)) for plan in plans)
-        return math.sqrt(squares)
+        squares = [library().sum_of_squares(plan.address, len(plan.entries)) for plan in plans]
+        if -1.0 in squares:
+            raise MemoryError("the gradients' norm: no memory for its sums")
+        return math.sqrt(sum(squares))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -100,22 +106,19 @@ class AdamW(torch.optim.AdamW):
                 _step(group, plan, clip)
         return loss
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._kept: list[_Plan] = []
-
     def _plans(self) -> list[_Plan] | None:
         """Of all groups, with this step's gradients; None if torch's own step has to be taken."""
         if library() is None or not all(map(_plain, self.param_groups)):
             return None
-        kept: list[_Plan] = getattr(self, "_kept", [])
-        if len(kept) == len(self.param_groups) and all(
-            plan.fits(group, self.state) for group, plan in zip(self.param_groups, kept, strict=True)
+        kept, groups = self._kept or [], self.param_groups
+        if len(kept) == len(groups) and all(
+            plan.fits(group, self.state) for group, plan in zip(groups, kept, strict=True)
         ):
             return kept
-        plans = [self._plan(group["params"]) for group in self.param_groups]
-        self._kept = [plan for plan in plans if plan is not None]
-        return self._kept if len(self._kept) == len(plans) else None
+        plans = [self._plan(group["params"]) for group in groups]
+        found = [plan for plan in plans if plan is not None]
+        self._kept = found if len(found) == len(plans) else None
+        return self._kept
 
     def _plan(self, parameters: list[Tensor]) -> _Plan | None:
         """Of those that have gradients; None if they cannot be read here, or have taken different numbers of steps."""
