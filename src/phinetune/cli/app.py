@@ -100,6 +100,8 @@ def finetune(
     from phinetune.cli.console import Terminal, out
     from phinetune.cli.options import arguments
     from phinetune.libraries import import_libraries
+
+    import_libraries("phinetune.workflow.finetune", "transformers.training_args", for_good=True)
     from phinetune.workflow.finetune import finetune as stage
 
     options = {
@@ -118,7 +120,6 @@ def finetune(
     }
     with Terminal(quiet) as on_event:
         given = arguments(stage, config, settings or [], options)
-        import_libraries("transformers.training_args", for_good=True)
         result = stage(**given, on_event=on_event)
     figures = result.manifest.get("figures", {})
     loss = f", held-out loss {figures['eval_loss']:.4f}" if "eval_loss" in figures else ""
