@@ -23,7 +23,7 @@
 
 enum { MOST = 8 };          /* layers at most */
 enum { CACHED = 600000 };   /* numbers of a left operand that stay in the second cache while strip after strip is multiplied with them */
-enum { DEEPEST = 1024 };    /* numbers that a block of results goes along before its sums are put down */
+enum { DEEPEST = 1536 };    /* numbers that a block of results goes along before its sums are put down */
 enum { PAST = 1 << 15 };    /* bytes of a result from which it goes past the caches: it lies in memory that has not been used for long, which a
                              * store into a cache would have to read first */
 enum { PART = 192 };        /* columns of A that a thread packs at a time */

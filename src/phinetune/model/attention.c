@@ -39,16 +39,26 @@ enum { WIDEST = 256, QUERIES = 128, BLOCKS = QUERIES / 32, PART = 128 }; /* numb
 
 static const float LOG2E = 1.44269504f;
 
-/* 2^x for x <= 0 or so, to bfloat16's precision and better: the fraction by its Taylor series (error 3e-6), the whole part as an exponent. */
+/* 2^x for x <= 0 or so, to bfloat16's precision and better: the fraction by a polynomial (relative error 2.6e-6, the least for its degree), the
+ * whole part as an exponent. */
 WITH_TILES static inline __m512 power_of_two(__m512 x)
 {
-    __m512 whole = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, whole), p = _mm512_set1_ps(1.3333558e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    __m512 whole = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, whole), p = _mm512_set1_ps(9.57010179e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.59178603e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40247448e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93121815e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.99999261e-1f));
     return _mm512_scalef_ps(p, whole);
+}
+
+/* log2 of 16 numbers above 0: the exponent, and of what is left, m in [3/4, 3/2), the series of 2 atanh((m - 1) / (m + 1)), to 5e-9. */
+WITH_TILES static inline __m512 logarithm_of_two(__m512 x)
+{
+    const __m512 one = _mm512_set1_ps(1.0f), m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
+    const __m512 z = _mm512_div_ps(_mm512_sub_ps(m, one), _mm512_add_ps(m, one)), square = _mm512_mul_ps(z, z);
+    __m512 p = _mm512_set1_ps(1.0f / 9.0f);
+    for (int i = 7; i > 0; i -= 2) p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(1.0f / (float)i));
+    return _mm512_fmadd_ps(_mm512_mul_ps(p, z), _mm512_set1_ps(2.0f * LOG2E), _mm512_getexp_ps(_mm512_div_ps(x, m)));
 }
 
 /* The lanes of 16 numbers from `at` on that lie before `seen`. */
@@ -56,48 +66,60 @@ static inline __mmask16 before(int64_t at, int64_t seen) { return seen - at >= 1
 
 WITH_TILES static inline void store_halves(half *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 
-/* scores (width, a multiple of 32) -> 2^(scores log2 e - highest) for what is seen, 0 beyond; gives their sum, and log2 of it all as `logarithm`. */
-WITH_TILES static inline float exponential_row(const float *scores, half *P, int64_t width, int64_t seen, float *logarithm)
+WITH_TILES static inline void store_32(half *to, __m512 low, __m512 high) { _mm512_storeu_si512(to, halves(low, high)); }
+
+/* Of 32 scores from `at` on, 16 in each half, what is seen; the others count as `instead`. */
+WITH_TILES static inline __m512 scores_seen(const float *scores, int64_t at, int64_t seen, float instead)
 {
-    __m512 highest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps(), log2e = _mm512_set1_ps(LOG2E);
-    int64_t whole = seen / 16 * 16;
-    __mmask16 rest = before(whole, seen);
-    for (int64_t i = 0; i < whole; i += 16) highest = _mm512_max_ps(highest, _mm512_loadu_ps(scores + i));
-    highest = _mm512_mask_max_ps(highest, rest, highest, _mm512_maskz_loadu_ps(rest, scores + whole));
-    float top = _mm512_reduce_max_ps(highest) * LOG2E;
-    __m512 down = _mm512_set1_ps(-top);
-    for (int64_t i = 0; i < whole; i += 16) {
-        __m512 p = power_of_two(_mm512_fmadd_ps(_mm512_loadu_ps(scores + i), log2e, down));
-        sum = _mm512_add_ps(sum, p);
-        store_halves(P + i, p);
-    }
-    if (whole < width) {
-        __m512 p = _mm512_maskz_mov_ps(rest, power_of_two(_mm512_fmadd_ps(_mm512_maskz_loadu_ps(rest, scores + whole), log2e, down)));
-        sum = _mm512_add_ps(sum, p);
-        store_halves(P + whole, p);
-        for (int64_t i = whole + 16; i < width; i += 16) store_halves(P + i, _mm512_setzero_ps());
-    }
-    float total = _mm512_reduce_add_ps(sum);
-    *logarithm = top + log2f(total);
-    return total;
+    return _mm512_mask_loadu_ps(_mm512_set1_ps(instead), before(at, seen), scores + at);
 }
 
-/* A part (width) of a query's scores and dP -> P and dS, 0 beyond what is seen. `along`: the sum of P dP over the whole row. */
-WITH_TILES static inline void gradient_row(const float *scores, const float *dP, half *P, half *dS, int64_t width, int64_t seen, float logarithm, float along)
+/* scores (width, a multiple of 32) -> 2^(scores log2 e - top) for what is seen, 0 beyond; gives `top` and their sum. What tiles load is stored in
+ * whole lines: a load waits for two stores that it needs halves of. */
+WITH_TILES static inline float exponential_row(const float *scores, half *P, int64_t width, int64_t seen, float *top)
 {
-    __m512 log2e = _mm512_set1_ps(LOG2E), down = _mm512_set1_ps(-logarithm), mean = _mm512_set1_ps(along);
-    for (int64_t i = 0; i < width; i += 16) {
-        if (i + 16 <= seen) {
-            __m512 p = power_of_two(_mm512_fmadd_ps(_mm512_loadu_ps(scores + i), log2e, down));
-            store_halves(P + i, p);
-            store_halves(dS + i, _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(dP + i), mean)));
-        } else {
-            __mmask16 there = before(i, seen);
-            __m512 p = _mm512_maskz_mov_ps(there, power_of_two(_mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, scores + i), log2e, down)));
-            store_halves(P + i, p);
-            store_halves(dS + i, _mm512_maskz_mul_ps(there, p, _mm512_sub_ps(_mm512_loadu_ps(dP + i), mean)));
+    const __m512 log2e = _mm512_set1_ps(LOG2E);
+    const int64_t whole = seen / 32 * 32;
+    __m512 highest[2], sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    highest[0] = highest[1] = _mm512_set1_ps(-INFINITY);
+    for (int64_t i = 0; i < whole; i += 32)
+        for (int j = 0; j < 2; j++) highest[j] = _mm512_max_ps(highest[j], _mm512_loadu_ps(scores + i + 16 * j));
+    for (int j = 0; j < 2; j++) highest[j] = _mm512_max_ps(highest[j], scores_seen(scores, whole + 16 * j, seen, -INFINITY));
+    *top = _mm512_reduce_max_ps(_mm512_max_ps(highest[0], highest[1])) * LOG2E;
+    const __m512 down = _mm512_set1_ps(-*top);
+    for (int64_t i = 0; i < whole; i += 32) {
+        __m512 p[2];
+        for (int j = 0; j < 2; j++) {
+            p[j] = power_of_two(_mm512_fmadd_ps(_mm512_loadu_ps(scores + i + 16 * j), log2e, down));
+            sum[j] = _mm512_add_ps(sum[j], p[j]);
         }
+        store_32(P + i, p[0], p[1]);
     }
+    if (whole < width) {
+        __m512 p[2];
+        for (int j = 0; j < 2; j++) {
+            const __m512 x = scores_seen(scores, whole + 16 * j, seen, 0.0f);
+            p[j] = _mm512_maskz_mov_ps(before(whole + 16 * j, seen), power_of_two(_mm512_fmadd_ps(x, log2e, down)));
+            sum[j] = _mm512_add_ps(sum[j], p[j]);
+        }
+        store_32(P + whole, p[0], p[1]);
+        for (int64_t i = whole + 32; i < width; i += 32) store_32(P + i, _mm512_setzero_ps(), _mm512_setzero_ps());
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
+}
+
+/* 32 of a query's scores and of its dP, of which `seen` are seen -> P and dS, 0 beyond. `along`: the sum of P dP over the whole row. */
+WITH_TILES static inline void gradients_of_32(const float *scores, const float *dP, int64_t seen, float logarithm, float along, __m512i *P, __m512i *dS)
+{
+    const __m512 log2e = _mm512_set1_ps(LOG2E), down = _mm512_set1_ps(-logarithm), mean = _mm512_set1_ps(along);
+    __m512 p[2], d[2];
+    for (int j = 0; j < 2; j++) {
+        const __mmask16 there = before(16 * j, seen);
+        p[j] = _mm512_maskz_mov_ps(there, power_of_two(_mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, scores + 16 * j), log2e, down)));
+        d[j] = _mm512_maskz_mul_ps(there, p[j], _mm512_sub_ps(_mm512_loadu_ps(dP + 16 * j), mean));
+    }
+    *P = halves(p[0], p[1]);
+    *dS = halves(d[0], d[1]);
 }
 
 /* The sum of P dP over a query's row is that of O G over the head's numbers. */
@@ -193,7 +215,9 @@ WITH_TILES static void take_all(const Attention *a, const Run *run, const half *
 /* 32 queries of a head, or their gradients, from the run's token `at` on -> to (32, D). */
 WITH_TILES static void take_block(const Attention *a, const Run *run, const half *from, int64_t stride, int64_t at, int turned, half *to)
 {
-    int64_t rows = run->own - at < 32 ? run->own - at : 32;
+    int64_t rows = run->own - at < 32 ? run->own - at : 32, next = run->own - at - 32 < 32 ? run->own - at - 32 : 32;
+    for (int64_t i = 0; i < next; i++) /* the next block's, before anything waits for them */
+        for (int64_t d = 0; d < a->D; d += 32) _mm_prefetch((const char *)(from + (run->first + at + 32 + i) * stride + d), _MM_HINT_T1);
     for (int64_t i = 0; i < rows; i++)
         take(a, from + (run->first + at + i) * stride, run->first + at + i, turned, turned ? a->scale : 1.0f, to + i * a->D);
     memset(to + rows * a->D, 0, (size_t)((32 - rows) * a->D) * sizeof(half));
@@ -255,7 +279,7 @@ static int64_t lay_out(Room *room, char *at, int64_t keys, int64_t D, int backwa
     room->K = part(&at, flat), room->V = part(&at, flat);
     for (int i = 0; i < 2 + backward; i++) room->packed[i] = part(&at, flat);
     int64_t row = backward ? PART : keys;
-    room->P = part(&at, 32 * row * 2), room->scores = part(&at, 32 * row * 4);
+    room->P = part(&at, backward ? 0 : 32 * row * 2), room->scores = part(&at, 32 * row * 4);
     room->q = part(&at, 32 * D * 2), room->rows = part(&at, 32 * D * 4);
     if (backward) {
         room->dS = part(&at, 32 * keys * 2), room->dP = part(&at, 32 * PART * 4), room->g = part(&at, 32 * D * 2);
@@ -290,16 +314,21 @@ WITH_TILES static void forward_run(const Attention *a, const Run *run, int64_t g
     for (int64_t head = group * each; head < (group + 1) * each; head++)
         for (int64_t at = 0; at < run->own; at += 32) {
             int64_t rows = run->own - at < 32 ? run->own - at : 32, width = filled(run->before + at + rows);
-            float weights[32];
+            float totals[32], tops[32], *sums = a->sums + head * a->T + run->first + at;
             take_block(a, run, a->q + head * D, a->q_stride, at, 1, room->q);
             score(room->q, room->packed[0], D, width, room->scores, width, rows > 16);
             for (int64_t i = 0; i < rows; i++)
-                weights[i] = 1.0f / exponential_row(room->scores + i * width, room->P + i * width, width, run->before + at + i + 1,
-                                                    a->sums + head * a->T + run->first + at + i);
+                totals[i] = exponential_row(room->scores + i * width, room->P + i * width, width, run->before + at + i + 1, tops + i);
+            for (int64_t i = 0; i < rows; i += 16) {
+                const __mmask16 there = before(i, rows);
+                const __m512 total = _mm512_mask_loadu_ps(_mm512_set1_ps(1.0f), there, totals + i);
+                _mm512_mask_storeu_ps(sums + i, there, _mm512_add_ps(_mm512_maskz_loadu_ps(there, tops + i), logarithm_of_two(total)));
+                _mm512_mask_storeu_ps(totals + i, there, _mm512_div_ps(_mm512_set1_ps(1.0f), total));
+            }
             if (rows < 32) memset(room->P + rows * width, 0, (size_t)((32 - rows) * width) * sizeof(half));
             combine(room->P, width, width, room->packed[1], run->keys, D, room->rows, rows > 16);
             for (int64_t i = 0; i < rows; i++)
-                give(a, room->rows + i * D, 0, 0, weights[i], a->out + (run->first + at + i) * a->heads * D + head * D);
+                give(a, room->rows + i * D, 0, 0, totals[i], a->out + (run->first + at + i) * a->heads * D + head * D);
         }
 }
 
@@ -313,7 +342,7 @@ WITH_TILES static int forward(const Attention *a)
 #pragma omp barrier
         if (!failed) {
             shape_tiles();
-#pragma omp for schedule(static, 1)
+#pragma omp for schedule(dynamic)
             for (int64_t unit = 0; unit < a->entries * a->groups; unit++) {
                 Run run = run_of(a, unit / a->groups);
                 forward_run(a, &run, unit % a->groups, &room);
@@ -361,19 +390,24 @@ WITH_TILES static void backward_block(const Attention *a, const Run *run, int64_
     int64_t D = a->D, rows = run->own - at < 32 ? run->own - at : 32;
     take_block(a, run, a->q + head * D, a->q_stride, at, 1, room->q);
     take_block(a, run, a->grad + head * D, a->heads * D, at, 0, room->g);
+    const float *logarithms = a->sums + head * a->T + run->first + at;
     float along[32];
     for (int64_t i = 0; i < rows; i++) along[i] = product_of(a->out + (run->first + at + i) * a->heads * D + head * D, room->g + i * D, D);
     for (int64_t n = 0; n < width; n += PART) {
         int64_t some = width - n < PART ? width - n : PART, seen = run->before + at + 1 - n;
         score(room->q, room->packed[0] + n * D, D, some, room->scores, PART, rows > 16);
         score(room->g, room->packed[2] + n * D, D, some, room->dP, PART, rows > 16);
-        for (int64_t i = 0; i < rows; i++)
-            gradient_row(room->scores + i * PART, room->dP + i * PART, room->P + i * PART, room->dS + i * width + n, some, seen + i,
-                         a->sums[head * a->T + run->first + at + i], along[i]);
-        for (int64_t k = 0; k < some; k += 32) {
-            interleave(room->P + k, PART, room->wide[0] + ((n + k) / 32 * BLOCKS + block) * 2 * TILE, rows);
-            interleave(room->dS + n + k, width, room->wide[1] + ((n + k) / 32 * BLOCKS + block) * 2 * TILE, rows);
-        }
+        for (int64_t i = 0; i < 32; i += 2)
+            for (int64_t k = 0; k < some; k += 32) {
+                const int64_t to = ((n + k) / 32 * BLOCKS + block) * 2 * TILE + 16 * i;
+                __m512i P[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, dS[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+                for (int64_t j = i; j < i + 2 && j < rows; j++) {
+                    gradients_of_32(room->scores + j * PART + k, room->dP + j * PART + k, seen + j - k, logarithms[j], along[j], P + j - i, dS + j - i);
+                    _mm512_store_si512(room->dS + j * width + n + k, dS[j - i]);
+                }
+                put_pairs(P[0], P[1], room->wide[0] + to);
+                put_pairs(dS[0], dS[1], room->wide[1] + to);
+            }
     }
     if (rows < 32) memset(room->dS + rows * width, 0, (size_t)((32 - rows) * width) * sizeof(half));
     combine(room->dS, width, width, room->packed[1], run->keys, D, room->rows, rows > 16);
@@ -404,9 +438,10 @@ WITH_TILES static void give_keys(const Attention *a, const Run *run, const float
     }
 }
 
-WITH_TILES static void backward_run(const Attention *a, const Run *run, int64_t group, const Room *room, float *shared)
+WITH_TILES static void backward_unit(const Attention *a, int64_t unit, const Room *room, float *shared)
 {
-    int64_t D = a->D, each = a->heads / a->groups, widths[BLOCKS], common = a->shared * D;
+    const Run own = run_of(a, unit / a->groups), *run = &own;
+    int64_t group = unit % a->groups, D = a->D, each = a->heads / a->groups, widths[BLOCKS], common = a->shared * D;
     take_all(a, run, a->k + group * D, a->k_stride, 1, room->K);
     take_all(a, run, a->v + group * D, a->v_stride, 0, room->V);
     pack_across(room->K, run->keys, D, room->packed[0]);
@@ -448,7 +483,7 @@ int omp_get_max_threads(void);
 WITH_TILES static int backward(const Attention *a)
 {
     int failed = 0;
-    int64_t each = 2 * a->groups * a->shared * a->D;
+    int64_t each = 2 * a->groups * a->shared * a->D, units = a->entries * a->groups;
     float *shared = calloc((size_t)(omp_get_max_threads() * each + 1), sizeof(float));
 #pragma omp parallel
     {
@@ -457,10 +492,12 @@ WITH_TILES static int backward(const Attention *a)
 #pragma omp barrier
         if (!failed) {
             shape_tiles();
+            if (a->shared) { /* each thread always sums up the same entries */
 #pragma omp for schedule(static, 1)
-            for (int64_t unit = 0; unit < a->entries * a->groups; unit++) {
-                Run run = run_of(a, unit / a->groups);
-                backward_run(a, &run, unit % a->groups, &room, shared + omp_get_thread_num() * each);
+                for (int64_t unit = 0; unit < units; unit++) backward_unit(a, unit, &room, shared + omp_get_thread_num() * each);
+            } else {
+#pragma omp for schedule(dynamic)
+                for (int64_t unit = 0; unit < units; unit++) backward_unit(a, unit, &room, shared);
             }
             _tile_release();
 #pragma omp for schedule(static)

@@ -67,26 +67,72 @@ static inline void exponentials(float *x, int64_t n)
 
 /* ---- root-mean-square normalization: y = round(x / rms) w, of a sum x = a + b if there is a b ---- */
 
+/* Number i of a row. In what follows `wide` is a constant wherever it is put, so that each case has loops of its own. */
+PUT_INSIDE float number(const void *from, int64_t i, int wide)
+{
+    union { uint32_t bits; float value; } n;
+    if (wide) return ((const float *)from)[i];
+    n.bits = (uint32_t)((const uint16_t *)from)[i] << 16;
+    return n.value;
+}
+
+PUT_INSIDE float put(void *to, int64_t i, float x, int wide) /* as number i of a row -> what is read there again */
+{
+    union { uint32_t bits; float value; } n = { .value = x };
+    if (wide) return ((float *)to)[i] = x;
+    n.bits = rounded(n.bits);
+    ((uint16_t *)to)[i] = (uint16_t)n.bits;
+    n.bits <<= 16;
+    return n.value;
+}
+
+PUT_INSIDE float once_stored(float x, int wide)
+{
+    uint16_t half;
+    return wide ? x : put(&half, 0, x, wide);
+}
+
+/* No row of results is one of those read. */
+PUT_INSIDE void normalize(const void *restrict a, const void *restrict b, const void *restrict weight, void *restrict sum, void *restrict y, float *inverse, int64_t h,
+                          float eps, int wide)
+{
+    float v[WIDEST], squares = 0.0f;
+    if (b)
+        for (int64_t i = 0; i < h; i++) v[i] = put(sum, i, number(a, i, wide) + number(b, i, wide), wide);
+    else
+        for (int64_t i = 0; i < h; i++) v[i] = number(a, i, wide);
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < h; i++) squares += v[i] * v[i];
+    const float scale = 1.0f / sqrtf(squares / (float)h + eps);
+    for (int64_t i = 0; i < h; i++) put(y, i, once_stored(v[i] * scale, wide) * number(weight, i, wide), wide);
+    *inverse = scale;
+}
+
+PUT_INSIDE void normalize_back(const void *restrict grad, const void *restrict x, const void *restrict weight, float scale, const void *restrict also, void *restrict dx,
+                               int64_t h, int wide)
+{
+    float g[WIDEST], v[WIDEST], along = 0.0f;
+    for (int64_t i = 0; i < h; i++) {
+        g[i] = number(grad, i, wide) * number(weight, i, wide);
+        v[i] = number(x, i, wide) * scale;
+    }
+#pragma omp simd reduction(+ : along)
+    for (int64_t i = 0; i < h; i++) along += g[i] * v[i];
+    along /= (float)h;
+    if (also)
+        for (int64_t i = 0; i < h; i++) put(dx, i, (g[i] - v[i] * along) * scale + number(also, i, wide), wide);
+    else
+        for (int64_t i = 0; i < h; i++) put(dx, i, (g[i] - v[i] * along) * scale, wide);
+}
+
+#define ROW(of, type) (of ? (const type *)of + row * h : 0)
+#define ROW_OF_RESULTS(of, type) (of ? (type *)of + row * h : 0)
+
 FOR_EVERY_PROCESSOR
 static void norm_row(const void *a, const void *b, const void *weight, void *sum, void *y, float *inverse, int64_t row, int64_t h, float eps, int wide)
 {
-    float v[WIDEST], w[WIDEST], squares = 0.0f;
-    load(v, a, row * h, h, wide);
-    if (b) {
-        load(w, b, row * h, h, wide);
-        for (int64_t i = 0; i < h; i++) v[i] += w[i];
-        as_stored(v, h, wide);
-        store(sum, row * h, v, h, wide);
-    }
-    load(w, weight, 0, h, wide);
-#pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < h; i++) squares += v[i] * v[i];
-    float scale = 1.0f / sqrtf(squares / (float)h + eps);
-    for (int64_t i = 0; i < h; i++) v[i] *= scale;
-    as_stored(v, h, wide);
-    for (int64_t i = 0; i < h; i++) v[i] *= w[i];
-    store(y, row * h, v, h, wide);
-    inverse[row] = scale;
+    if (wide) normalize(ROW(a, float), ROW(b, float), weight, ROW_OF_RESULTS(sum, float), ROW_OF_RESULTS(y, float), inverse + row, h, eps, 1);
+    else normalize(ROW(a, uint16_t), ROW(b, uint16_t), weight, ROW_OF_RESULTS(sum, uint16_t), ROW_OF_RESULTS(y, uint16_t), inverse + row, h, eps, 0);
 }
 
 void rms_norm(const void *a, const void *b, const void *weight, void *sum, void *y, float *inverse, int64_t rows, int64_t h, float eps, int wide)
@@ -99,21 +145,8 @@ void rms_norm(const void *a, const void *b, const void *weight, void *sum, void 
 FOR_EVERY_PROCESSOR
 static void norm_row_backward(const void *grad, const void *x, const void *weight, const float *inverse, const void *also, void *dx, int64_t row, int64_t h, int wide)
 {
-    float g[WIDEST], v[WIDEST], w[WIDEST], along = 0.0f, scale = inverse[row];
-    load(g, grad, row * h, h, wide);
-    load(v, x, row * h, h, wide);
-    load(w, weight, 0, h, wide);
-    for (int64_t i = 0; i < h; i++) g[i] *= w[i];
-    for (int64_t i = 0; i < h; i++) v[i] *= scale;
-#pragma omp simd reduction(+ : along)
-    for (int64_t i = 0; i < h; i++) along += g[i] * v[i];
-    along /= (float)h;
-    for (int64_t i = 0; i < h; i++) g[i] = (g[i] - v[i] * along) * scale;
-    if (also) {
-        load(v, also, row * h, h, wide);
-        for (int64_t i = 0; i < h; i++) g[i] += v[i];
-    }
-    store(dx, row * h, g, h, wide);
+    if (wide) normalize_back(ROW(grad, float), ROW(x, float), weight, inverse[row], ROW(also, float), ROW_OF_RESULTS(dx, float), h, 1);
+    else normalize_back(ROW(grad, uint16_t), ROW(x, uint16_t), weight, inverse[row], ROW(also, uint16_t), ROW_OF_RESULTS(dx, uint16_t), h, 0);
 }
 
 void rms_norm_backward(const void *grad, const void *x, const void *weight, const float *inverse, const void *also, void *dx, int64_t rows, int64_t h, int wide)

@@ -1,4 +1,5 @@
 /* `FOR_EVERY_PROCESSOR`: the function behind it is compiled for several generations of x86-64, and the loader takes the one for its processor.
+ * `PUT_INSIDE`: the function becomes part of those that call it, and is compiled as they are.
  *
  * Where compiler or system cannot do that, it is nothing, and the function is compiled once. Not here: tiles (`tiles.h`), which ask for themselves.
  */
@@ -7,4 +8,10 @@
 #define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FOR_EVERY_PROCESSOR
+#endif
+
+#if defined(__GNUC__)
+#define PUT_INSIDE static inline __attribute__((always_inline))
+#else
+#define PUT_INSIDE static inline
 #endif

@@ -169,16 +169,22 @@ WITH_TILES static inline void transpose_pairs(const half *from, int64_t stride, 
 #undef QUARTER
 }
 
-/* 32 rows of 32 numbers, of which `rows` are there -> two tiles of pairs of rows; the others count as zero. */
-WITH_TILES static inline void interleave(const half *from, int64_t stride, half *to, int64_t rows)
+/* A row of 32 numbers and the next one -> their pairs: a row in each of two tiles. */
+WITH_TILES static inline void put_pairs(__m512i one, __m512i other, half *to)
 {
     const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(one, first, other));
+    _mm512_storeu_si512(to + TILE, _mm512_permutex2var_epi16(one, second, other));
+}
+
+/* 32 rows of 32 numbers, of which `rows` are there -> two tiles of pairs of rows; the others count as zero. */
+WITH_TILES static inline void interleave(const half *from, int64_t stride, half *to, int64_t rows)
+{
     for (int64_t p = 0; p < 16; p++) {
         __m512i one = 2 * p < rows ? _mm512_loadu_si512(from + 2 * p * stride) : _mm512_setzero_si512();
         __m512i other = 2 * p + 1 < rows ? _mm512_loadu_si512(from + (2 * p + 1) * stride) : _mm512_setzero_si512();
-        _mm512_storeu_si512(to + 32 * p, _mm512_permutex2var_epi16(one, first, other));
-        _mm512_storeu_si512(to + TILE + 32 * p, _mm512_permutex2var_epi16(one, second, other));
+        put_pairs(one, other, to + 32 * p);
     }
 }
 
