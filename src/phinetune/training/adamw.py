@@ -43,7 +43,7 @@ class _Plan(NamedTuple):
     """A group's tensors as adamw.c is told of them, five numbers each; kept from step to step, since there are hundreds."""
 
     entries: list[tuple[Tensor, Tensor, Tensor]]  # each parameter and its moments
-    steps: list[Tensor]
+    steps: Tensor  # how many each parameter has taken; the numbers that torch keeps of each are views of it
     numbers: array[int]
 
     def fits(self, group: dict[str, Any], states: dict[Tensor, Any]) -> bool:
@@ -129,9 +129,11 @@ class AdamW(torch.optim.AdamW):
             if not self.state[p]:
                 self.state[p]["step"] = torch.zeros((), dtype=_FLOAT)
                 self.state[p] |= {name: torch.zeros_like(p) for name in _MOMENTS}
-        steps = [self.state[p]["step"] for p in having]
-        if len({float(step) for step in steps}) > 1:
+        steps = torch.tensor([float(self.state[p]["step"]) for p in having], dtype=_FLOAT)
+        if len(set(steps.tolist())) > 1:
             return None
+        for p, step in zip(having, steps, strict=True):
+            self.state[p]["step"] = step
         entries = [(p, *(self.state[p][name] for name in _MOMENTS)) for p in having]
         numbers = array("q")
         for p, m, v in entries:
@@ -146,7 +148,7 @@ def clipping(norm: float, most: float) -> float:
 
 
 def _step(group: dict[str, Any], plan: _Plan, clip: float) -> None:
-    torch._foreach_add_(plan.steps, 1.0)
+    plan.steps.add_(1.0)
     (b1, b2), lr, t = group["betas"], group["lr"], float(plan.steps[0])
     corrections = 1 / math.sqrt(1 - b2**t), group["eps"], lr / (1 - b1**t)
     rates = clip, 1 - lr * group["weight_decay"], 1 - b1, b2, 1 - b2, *corrections
