@@ -1,13 +1,16 @@
 """Summed cross-entropy of an output head, a few rows at a time: the logits of all N tokens never exist together.
 
 `chunked_cross_entropy` is for a plain linear head and forms its gradients together with the value; `checkpointed_cross_entropy` is for
-any other head; `summed_cross_entropy` over all logits is the reference of both. Not here: which rows are learned, and how a model's own
-head is passed over (`loss.py`).
+any other head; `summed_cross_entropy` over all logits is the reference of both. On CPUs a chunk's softmax and gradients are made by a
+compiled function (`cross_entropy.c`), where it was built. Not here: which rows are learned, and how a model's own head is passed over (`loss.py`).
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from phinetune.data.encoding import MASKED
+from phinetune.model.kernels import built, operator, readable
 
 CHUNK_BYTES = 64 * 2**20
 """What the logits of one chunk may take: 682 rows of 49 152 bfloat16 logits, 522 of Phi-3's 32 064 in float32."""
@@ -144,8 +148,41 @@ def _walk(
     )
 
 
+@functools.cache
+def library() -> Any:
+    """The built function, loaded once; None where it was not built."""
+    found = built(Path(__file__).with_name("_cross_entropy"))
+    if found is not None:
+        pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        arguments = (pointer, pointer, pointer, number, number, ctypes.c_float, flag, flag)
+        found.cross_entropy.argtypes, found.cross_entropy.restype = arguments, flag
+    return found
+
+
+@operator(
+    "cross_entropy_rows(Tensor(a!) logits, Tensor targets, float smoothing, bool gradient) -> Tensor",
+    lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32),
+)
+def cross_entropy_rows(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
+    """As `losses_reference`, for contiguous logits in bfloat16 or float32 and whole targets, in one pass. Raises IndexError."""
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    pointers, wide = [t.data_ptr() for t in (logits, targets, losses)], logits.dtype is torch.float32
+    if library().cross_entropy(*pointers, *logits.shape, smoothing, gradient, wide):
+        raise IndexError(f"a target is neither {MASKED} nor one of {logits.shape[1]} classes")
+    return losses
+
+
 def _losses(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
-    """The losses (n,) of `logits` (n, V), which are overwritten by their gradient p - q if `gradient`.
+    """The losses (n,) of `logits` (n, V), which are overwritten by their gradient p - q if `gradient`."""
+    served = logits.is_contiguous() and targets.is_contiguous() and targets.dtype is torch.int64
+    if served and readable(logits) and library() is not None and not torch.compiler.is_compiling():
+        found: Tensor = cross_entropy_rows(logits, targets, smoothing, gradient)
+        return found
+    return losses_reference(logits, targets, smoothing, gradient)
+
+
+def losses_reference(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
+    """The same by torch's operators.
 
     A CPU takes few rows at a time, so that the passes over them stay in its cache and no second chunk is needed, whatever its dtype.
     """
