@@ -133,15 +133,6 @@ WITH_TILES static void part_of(const void *from, int64_t rows, int64_t width, in
         }
 }
 
-/* Rows m to m + 32 of from (M, width) -> blocks of 32 x 32, one for each 32 columns; rows beyond the last are zero. */
-WITH_TILES static void block_rows(const half *from, int64_t M, int64_t width, int64_t m, half *to)
-{
-    int64_t there = M - m < 32 ? M - m : 32;
-    for (int64_t i = 0; i < 32; i++)
-        for (int64_t k = 0; k < width; k += 32)
-            _mm512_store_si512(to + 32 * k + 32 * i, i < there ? _mm512_loadu_si512(from + (m + i) * width + k) : _mm512_setzero_si512());
-}
-
 static half *room(int64_t numbers) { return aligned_alloc(64, (size_t)((numbers + 31) / 32 * 32) * sizeof(half)); }
 
 /* n cut into even shares of at most `most`, in multiples of 32. */

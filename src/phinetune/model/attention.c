@@ -37,33 +37,6 @@ enum { WIDEST = 256, QUERIES = 128, BLOCKS = QUERIES / 32, PART = 128 }; /* numb
 
 /* ---- rows ---- */
 
-static const float LOG2E = 1.44269504f;
-
-/* 2^x for x <= 0 or so, to bfloat16's precision and better: the fraction by a polynomial (relative error 2.6e-6, the least for its degree), the
- * whole part as an exponent. */
-WITH_TILES static inline __m512 power_of_two(__m512 x)
-{
-    __m512 whole = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, whole), p = _mm512_set1_ps(9.57010179e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.59178603e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40247448e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93121815e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.99999261e-1f));
-    return _mm512_scalef_ps(p, whole);
-}
-
-/* log2 of 16 numbers above 0: the exponent, and of what is left, m in [3/4, 3/2), the series of 2 atanh((m - 1) / (m + 1)), to 5e-9. */
-WITH_TILES static inline __m512 logarithm_of_two(__m512 x)
-{
-    const __m512 one = _mm512_set1_ps(1.0f), m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
-    const __m512 z = _mm512_div_ps(_mm512_sub_ps(m, one), _mm512_add_ps(m, one)), square = _mm512_mul_ps(z, z);
-    __m512 p = _mm512_set1_ps(1.0f / 9.0f);
-    for (int i = 7; i > 0; i -= 2) p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(1.0f / (float)i));
-    return _mm512_fmadd_ps(_mm512_mul_ps(p, z), _mm512_set1_ps(2.0f * LOG2E), _mm512_getexp_ps(_mm512_div_ps(x, m)));
-}
-
-/* The lanes of 16 numbers from `at` on that lie before `seen`. */
-static inline __mmask16 before(int64_t at, int64_t seen) { return seen - at >= 16 ? 0xffff : seen <= at ? 0 : (__mmask16)((1u << (seen - at)) - 1); }
-
 WITH_TILES static inline void store_halves(half *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 
 WITH_TILES static inline void store_32(half *to, __m512 low, __m512 high) { _mm512_storeu_si512(to, halves(low, high)); }

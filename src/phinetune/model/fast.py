@@ -47,7 +47,7 @@ class FastPaths:
     """LoRA layers that share their input in one function (query, key and value; gate and up)."""
     tiles: bool = True
     """On processors with AMX, in bfloat16: LoRA layers that share their input, factors and frozen weights, in one call; with `kernels`, attention
-    between its projections in one call."""
+    between its projections in one call; with `chunked_loss`, a frozen output head and the loss in one call, without logits."""
     layers: bool = True
     """With `kernels`, `grouped` and `tiles`: a decoder layer with LoRA in all its projections in one function."""
     packed: bool | None = None
@@ -55,7 +55,7 @@ class FastPaths:
     last_rows: bool = True
     """The last layer's MLP only where a learned token is predicted."""
     chunked_loss: bool = True
-    """Cross-entropy and its gradient a piece at a time, never all logits at once."""
+    """Cross-entropy and its gradient a piece at a time, never all logits at once; on a CPU by a compiled function, where it was built."""
     rounded: bool = True
     """Batches filled up so that few shapes of products occur: each new one is compiled by oneDNN."""
     optimizer: bool = True

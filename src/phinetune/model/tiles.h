@@ -129,6 +129,44 @@ WITH_TILES static inline void put(half *to, int64_t stride, int64_t rows)
     for (int64_t i = 0; i < rows; i++) _mm512_storeu_si512(to + i * stride, halves(_mm512_load_ps(block + 32 * i), _mm512_load_ps(block + 32 * i + 16)));
 }
 
+/* Rows m to m + 32 of from (M, width) -> blocks of 32 x 32, one for each 32 columns; rows beyond the last are zero. */
+WITH_TILES static void block_rows(const half *from, int64_t M, int64_t width, int64_t m, half *to)
+{
+    int64_t there = M - m < 32 ? M - m : 32;
+    for (int64_t i = 0; i < 32; i++)
+        for (int64_t k = 0; k < width; k += 32)
+            _mm512_store_si512(to + 32 * k + 32 * i, i < there ? _mm512_loadu_si512(from + (m + i) * width + k) : _mm512_setzero_si512());
+}
+
+/* ---- softmax ---- */
+
+static const float LOG2E = 1.44269504f;
+
+/* 2^x for x <= 0 or so, to bfloat16's precision and better: the fraction by a polynomial (relative error 2.6e-6, the least for its degree), the
+ * whole part as an exponent. */
+WITH_TILES static inline __m512 power_of_two(__m512 x)
+{
+    __m512 whole = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, whole), p = _mm512_set1_ps(9.57010179e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.59178603e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40247448e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93121815e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.99999261e-1f));
+    return _mm512_scalef_ps(p, whole);
+}
+
+/* log2 of 16 numbers above 0: the exponent, and of what is left, m in [3/4, 3/2), the series of 2 atanh((m - 1) / (m + 1)), to 5e-9. */
+WITH_TILES static inline __m512 logarithm_of_two(__m512 x)
+{
+    const __m512 one = _mm512_set1_ps(1.0f), m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
+    const __m512 z = _mm512_div_ps(_mm512_sub_ps(m, one), _mm512_add_ps(m, one)), square = _mm512_mul_ps(z, z);
+    __m512 p = _mm512_set1_ps(1.0f / 9.0f);
+    for (int i = 7; i > 0; i -= 2) p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(1.0f / (float)i));
+    return _mm512_fmadd_ps(_mm512_mul_ps(p, z), _mm512_set1_ps(2.0f * LOG2E), _mm512_getexp_ps(_mm512_div_ps(x, m)));
+}
+
+/* The lanes of 16 numbers from `at` on that lie before `seen`. */
+static inline __mmask16 before(int64_t at, int64_t seen) { return seen - at >= 16 ? 0xffff : seen <= at ? 0 : (__mmask16)((1u << (seen - at)) - 1); }
+
 /* ---- operands in the tiles' layout: tile row p, column n holds the pair (2p, n), (2p + 1, n) of the right operand ---- */
 
 static inline float number(const void *from, int64_t at, int wide)

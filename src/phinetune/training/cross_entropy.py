@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from phinetune.data.encoding import MASKED
 from phinetune.model.kernels import built, operator, readable
+from phinetune.training import head_tiles
 
 CHUNK_BYTES = 64 * 2**20
 """What the logits of one chunk may take: 682 rows of 49 152 bfloat16 logits, 522 of Phi-3's 32 064 in float32."""
@@ -44,6 +45,7 @@ def chunked_cross_entropy(
     targets: Tensor,
     label_smoothing: float = 0.0,
     chunk: int | None = None,
+    tiles: bool = True,
 ) -> Tensor:
     """Summed cross-entropy of `hidden` (N, h) under the head `weight` (V, h), `bias` (V) at `targets` (N,): scalar, at least float32.
 
@@ -56,6 +58,8 @@ def chunked_cross_entropy(
     None of these depends on what comes after the loss but for one factor, the gradient g of the sum. So a chunk's logits are overwritten
     by p - q as soon as its loss is known, and multiplied into the gradients that are needed; backward only multiplies those by g. What is
     kept between the two is (N, h) for a frozen head, and (V, h) more for a trained one, summed over chunks in float32.
+
+    With `tiles`, what `head_tiles` serves goes through it, in which case there are no logits.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
@@ -63,8 +67,8 @@ def chunked_cross_entropy(
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows = chunk_rows(len(weight), hidden.dtype) if chunk is None else chunk
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing, rows))  # type: ignore[no-untyped-call]
-    return cast(Tensor, _walk(hidden, weight, bias, targets, label_smoothing, rows, (False, False, False))[0])
+        return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing, rows, tiles))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _walk(hidden, weight, bias, targets, label_smoothing, rows, (False, False, False), tiles)[0])
 
 
 def checkpointed_cross_entropy(
@@ -90,9 +94,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float, chunk: int
-    ) -> Tensor:
-        loss, *gradients = _walk(hidden, weight, bias, targets, smoothing, chunk, ctx.needs_input_grad[:3])
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float, chunk: int, tiles: bool
+    ) -> Tensor:  # fmt: skip
+        loss, *gradients = _walk(hidden, weight, bias, targets, smoothing, chunk, ctx.needs_input_grad[:3], tiles)
         ctx.save_for_backward(*gradients)
         return cast(Tensor, loss)
 
@@ -100,11 +104,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         return (
-            *(None if d is None else d * g for d in ctx.saved_tensors),
-            None,
-            None,
-            None,
-        )  # g, a scalar, keeps d's dtype
+            *(None if d is None else d * g for d in ctx.saved_tensors),  # g, a scalar, keeps d's dtype
+            *(None,) * 4,
+        )
 
 
 def _walk(
@@ -115,8 +117,12 @@ def _walk(
     smoothing: float,
     chunk: int,
     wanted: tuple[bool, bool, bool],
+    tiles: bool,
 ) -> tuple[Any, ...]:
     """The loss, and its gradients of hidden, weight and bias, None where not wanted. One buffer holds each chunk's logits in turn."""
+    if tiles and bias is None and not (smoothing or wanted[1]) and head_tiles.serves(hidden, weight, targets):
+        own, *gradient = head_tiles.head_loss(hidden, weight, targets, wanted[0])[:-1]
+        return own.sum(), *(gradient or [None]), None, None
     count, wide = len(hidden), torch.promote_types(hidden.dtype, torch.float32)
     losses = hidden.new_empty(count, dtype=wide)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None

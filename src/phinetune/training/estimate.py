@@ -240,8 +240,8 @@ def _step(
 ) -> None:
     """Forward and backward as training has them."""
     last = last_mlp(model) if fast_paths.last_rows else None
-    head, chunked, rounded = model.get_output_embeddings(), fast_paths.chunked_loss, fast_paths.rounded
-    loss = supervised_loss(model, head, batch, model.dtype, None, label_smoothing, chunked, last, rounded)
+    head, paths = model.get_output_embeddings(), (fast_paths.chunked_loss, last, fast_paths.rounded, fast_paths.tiles)
+    loss = supervised_loss(model, head, batch, model.dtype, None, label_smoothing, *paths)
     if trace is not None:
         trace.phase = "backward"
     torch.autograd.backward(loss)

@@ -30,7 +30,7 @@ _RUNS = 3
 _PACE = "pace"  # of what is known: the best time of the standard product
 _BUSY = 1.25  # times slower than that: more than chance
 _KEPT = 50_000  # timings in the file, over all machines; beyond, it is begun anew
-_UPDATE_PASSES = 12
+_UPDATE_PASSES = 8
 """Times that an optimizer step reads or writes each trained parameter's bytes: the norm, clipping, moments, parameter, gradient."""
 
 

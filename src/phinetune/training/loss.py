@@ -65,7 +65,9 @@ def can_make_loss(model: nn.Module, head: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def loss_made_in(head: nn.Module, model: nn.Module, targets: Tensor, label_smoothing: float) -> Iterator[None]:
+def loss_made_in(
+    head: nn.Module, model: nn.Module, targets: Tensor, label_smoothing: float, tiles: bool = True
+) -> Iterator[None]:
     """Inside, `head` returns the summed loss of its rows at `targets` (N,), as (1, 1) in place of their logits (N, vocabulary).
 
     That is right if the model hands on what its head returns, and this is looked at in every call: the model's `logits` must be that very
@@ -78,7 +80,7 @@ def loss_made_in(head: nn.Module, model: nn.Module, targets: Tensor, label_smoot
     made: list[tuple[Tensor, int]] = []
 
     def loss_of(hidden: Tensor) -> Tensor:
-        loss = _head_loss(head, own is None, logits_of, hidden, targets, label_smoothing).reshape(1, 1).clone()
+        loss = _head_loss(head, own is None, logits_of, hidden, targets, label_smoothing, tiles).reshape(1, 1).clone()
         made[:] = [(loss, loss._version)]
         return loss
 
@@ -110,14 +112,14 @@ def loss_made_in(head: nn.Module, model: nn.Module, targets: Tensor, label_smoot
 
 
 def _head_loss(
-    head: Any, untouched: bool, logits_of: Any, hidden: Tensor, targets: Tensor, label_smoothing: float
+    head: Any, untouched: bool, logits_of: Any, hidden: Tensor, targets: Tensor, label_smoothing: float, tiles: bool
 ) -> Tensor:
     """The summed loss of `hidden` (N, h). A plain linear layer whose forward is `untouched` is one matrix product, any other is called."""
     # no weight in 4 bits, none that lies on several devices
     sharded_or_quantized = hasattr(head.weight, "device_mesh") or hasattr(head.weight, "quant_state")
     plain = type(head) is nn.Linear and untouched and not sharded_or_quantized
     if plain:
-        return chunked_cross_entropy(hidden, head.weight, head.bias, targets, label_smoothing)
+        return chunked_cross_entropy(hidden, head.weight, head.bias, targets, label_smoothing, tiles=tiles)
     return checkpointed_cross_entropy(
         logits_of, hidden, targets, label_smoothing, chunk_rows(head.out_features, torch.float32)
     )
@@ -133,12 +135,13 @@ def supervised_loss(
     chunked: bool = True,
     last: nn.Module | None = None,
     rounded: bool = False,
+    tiles: bool = True,
 ) -> Tensor:
     """Summed cross-entropy over the batch's learned tokens, divided by `count` (their number in this batch if None). Scalar, float32.
 
     `model` may be wrapped (DDP); `head` is its output layer. `chunked=False` is the reference: all (N, vocabulary) logits at once.
     `last`, if given, is the last layer's MLP, to be computed at the learned positions only (`rows.py`).
-    `rounded`: computed at a multiple of 16 positions, so that few shapes occur.
+    `rounded`: computed at a multiple of 16 positions, so that few shapes occur. `tiles`: with `chunked`, by `head_tiles` what that serves.
     Raises TrainingError if no token of the batch is learned: never a loss of 0.0.
     """
     positions, targets = learned_positions(batch["labels"])
@@ -154,7 +157,7 @@ def supervised_loss(
     with (
         head_only_at(head, positions),
         only_rows(None if recomputed(model, last) else last, positions),
-        loss_made_in(head, model, targets, label_smoothing) if in_head else contextlib.nullcontext(),
+        loss_made_in(head, model, targets, label_smoothing, tiles) if in_head else contextlib.nullcontext(),
     ):
         made = model(**inputs).logits  # the loss, (1, 1), or logits, (N, vocabulary)
     if in_head and can_make_loss(model, head):

@@ -53,7 +53,12 @@ class AdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the learned tokens of each step
         self._head = self.model.get_output_embeddings()
         last = last_mlp(self.model) if fast_paths.last_rows else None
-        self._paths: dict[str, Any] = {"chunked": fast_paths.chunked_loss, "last": last, "rounded": fast_paths.rounded}
+        self._paths: dict[str, Any] = {
+            "chunked": fast_paths.chunked_loss,
+            "last": last,
+            "rounded": fast_paths.rounded,
+            "tiles": fast_paths.tiles,
+        }
         self.add_callback(self._order_callback)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
