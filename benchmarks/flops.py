@@ -7,7 +7,6 @@ own formulas (torch.utils.flop_counter) and those below for what it has none. Co
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -115,12 +114,15 @@ def model_flops(folder: Path, r: int, tokens: int, pairs: int, learned: int) -> 
 
 
 def gemm_rate(m: int, k: int, n: int, seconds: float = 0.3) -> float:
-    """bfloat16 (m, k) x (n, k)ᵀ products of this machine, in GFLOP/s: the median over about `seconds` of them."""
+    """bfloat16 (m, k) x (n, k)ᵀ products of this machine, in GFLOP/s: the operations of about `seconds` of them over their whole time.
+
+    Whole, as a step's time is: where others work on the same cores, a product takes one of two times, and their median tells which was
+    the more frequent one in that moment only.
+    """
     x, w = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
-    times: list[float] = []
     torch.nn.functional.linear(x, w)
-    while len(times) < 5 or sum(times) < seconds:
-        start = time.perf_counter()
+    count, start = 0, time.perf_counter()
+    while count < 5 or time.perf_counter() - start < seconds:
         torch.nn.functional.linear(x, w)
-        times.append(time.perf_counter() - start)
-    return 2 * m * k * n / statistics.median(times) / 1e9
+        count += 1
+    return 2 * m * k * n * count / (time.perf_counter() - start) / 1e9

@@ -102,12 +102,15 @@ def measure(workload: Workload, stacks: Sequence[Stack], model: Path, a: argpars
         rates: list[dict[str, float]] = []
         with started(stacks, model, folder, workload.batch, steps) as workers:
             for round_ in range(a.rounds + 1):
-                if round_:
-                    rates.append(machine_rates(model, per_step[0]))
                 for i in [(round_ + i) % len(workers) for i in range(len(workers))]:
                     worker = workers[i]
-                    count = not round_ and worker.stack.group == "phinetune"
-                    answer = worker.ask({"warm": a.warm, "steps": a.steps, "count": count})
+                    ours = worker.stack.group == "phinetune"
+                    rated = ours and round_ and len(rates) < round_
+                    before = machine_rates(model, per_step[0]) if rated else {}
+                    answer = worker.ask({"warm": a.warm, "steps": a.steps, "count": ours and not round_})
+                    if rated:
+                        after = machine_rates(model, per_step[0])
+                        rates.append({name: round((rate + after[name]) / 2, 1) for name, rate in before.items()})
                     rounds[i].append(answer)
                     print(f"  round {round_}  {worker.stack.name}: {answer['seconds'] / a.steps:.2f} s a step",
                           file=sys.stderr, flush=True)  # fmt: skip
@@ -128,8 +131,8 @@ def measure(workload: Workload, stacks: Sequence[Stack], model: Path, a: argpars
             counted = range(a.warm, a_round)
             result["arithmetic"] = arithmetic(
                 answers[0]["count"],
-                result["stacks"][stack.name]["median"],
-                rates,
+                result["stacks"][stack.name]["tokens_per_second"],
+                [r["square_2048"] for r in rates],
                 sum(per_step[i] for i in counted),
                 sum(label != -100 for row in examples[a.warm * workload.batch : a_round * workload.batch] for label in row["labels"][1:]),
                 model,
@@ -193,33 +196,38 @@ def ratios(stacks: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine_rates(model: Path, tokens: int) -> dict[str, float]:
-    """This machine's bfloat16 GEMM rate now, in GFLOP/s: a large square product, and one of a training step's shape."""
+    """This machine's bfloat16 GEMM rate now, in GFLOP/s: a large square product for as long as a step takes, and one of a training step's shape."""
     from flops import gemm_rate
     from transformers import AutoConfig
 
     text = AutoConfig.from_pretrained(str(model), local_files_only=True).get_text_config()
     return {
-        "square_2048": round(gemm_rate(2048, 2048, 2048), 1),
+        "square_2048": round(gemm_rate(2048, 2048, 2048, seconds=2.0), 1),
         "training_shape": round(gemm_rate(tokens, text.hidden_size, text.intermediate_size), 1),
     }
 
 
 def arithmetic(
-    counted: dict[str, Any], rate: float, rates: list[dict[str, float]], tokens: int, learned: int, model: Path
+    counted: dict[str, Any], rates: list[float], gemm: list[float], tokens: int, learned: int, model: Path
 ) -> dict[str, Any]:
-    """phinetune's share of the machine's rate: operations per real token (of the round counted) x tokens per second / GEMM rate."""
+    """phinetune's share of the machine's rate: operations per real token (of the round counted) x tokens per second / GEMM rate of the same round."""
     from flops import model_flops
 
     usual = model_flops(model, RANK, counted["computed_tokens"], counted["pairs"], learned)
-    gemm = statistics.median(r["square_2048"] for r in rates) * 1e9
+    paces = [rate / (g * 1e9) for rate, g in zip(rates, gemm, strict=True)]  # tokens an operation of the GEMM
+    shares = {
+        "counted": [round(counted["flops"] / tokens * pace, 3) for pace in paces],
+        "by_formula": [round(usual["total"] / tokens * pace, 3) for pace in paces],
+    }
     return {
         "counted": counted,
         "by_formula": usual,
         "real_tokens": tokens,
         "learned_tokens": learned,
-        "gemm_gflops": gemm / 1e9,
-        "share_counted": round(counted["flops"] / tokens * rate / gemm, 3),
-        "share_by_formula": round(usual["total"] / tokens * rate / gemm, 3),
+        "gemm_gflops": statistics.median(gemm),
+        "shares": shares,
+        "share_counted": round(statistics.median(shares["counted"]), 3),
+        "share_by_formula": round(statistics.median(shares["by_formula"]), 3),
     }
 
 
