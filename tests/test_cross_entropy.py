@@ -143,6 +143,39 @@ def test_a_target_outside_the_vocabulary_is_an_error() -> None:
             chunked_cross_entropy(hidden, weight, bias, targets)
 
 
+@pytest.mark.skipif(cross_entropy.library() is None, reason="the compiled function was not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("rows", "words"), [(1, 1), (7, 511), (5, 512), (40, 1500)])
+def test_the_compiled_rows_are_the_reference(rows: int, words: int, smoothing: float, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(words)
+    logits = (6 * torch.randn(rows, words, generator=g)).to(dtype)
+    targets = torch.randint(0, words, (rows,), generator=g)
+    targets[rows // 2] = -100 if rows > 1 else 0
+    if rows > 6:
+        logits[3, 2], logits[5, 1] = float("nan"), -float("inf")
+    for gradient in (True, False):
+        ours, theirs = logits.clone(), logits.clone()
+        losses = cross_entropy.cross_entropy_rows(ours, targets, smoothing, gradient)
+        expected = cross_entropy.losses_reference(theirs, targets, smoothing, gradient)
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+        if gradient:
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-6, equal_nan=True
+            )
+        else:
+            assert torch.equal(ours.nan_to_num(9), logits.nan_to_num(9))
+
+
+@pytest.mark.skipif(cross_entropy.library() is None, reason="the compiled function was not built")
+def test_compiled_rows_with_a_wrong_target_are_left_as_they_were() -> None:
+    logits = torch.randn(4, 9)
+    kept = logits.clone()
+    with pytest.raises(IndexError, match="9 classes"):
+        cross_entropy.cross_entropy_rows(logits, torch.tensor([1, 2, 9, 3]), 0.0, True)
+    assert torch.equal(logits, kept)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [3, 1000])
 def test_a_masked_row_is_not_counted_and_gets_no_gradient(chunk: int, smoothing: float) -> None:

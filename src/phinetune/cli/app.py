@@ -101,7 +101,7 @@ def finetune(
     from phinetune.cli.options import arguments
     from phinetune.libraries import import_libraries
 
-    import_libraries("phinetune.workflow.finetune", "transformers.training_args", for_good=True)
+    import_libraries("phinetune.workflow.finetune", for_good=True)
     from phinetune.workflow.finetune import finetune as stage
 
     options = {
@@ -120,6 +120,7 @@ def finetune(
     }
     with Terminal(quiet) as on_event:
         given = arguments(stage, config, settings or [], options)
+        import_libraries("transformers.training_args", for_good=True)
         result = stage(**given, on_event=on_event)
     figures = result.manifest.get("figures", {})
     loss = f", held-out loss {figures['eval_loss']:.4f}" if "eval_loss" in figures else ""

@@ -31,54 +31,43 @@ from phinetune.model import attention_tiles, kernels
 
 
 class How(NamedTuple):
-    """What a layer is told besides the tensors that its gradients are of: frozen weights, its shape, the batch's entries as
-    `attention_tiles.attention_rows` takes them, and numbers.
+    """What a layer is told besides tensors: its shape, the batch's entries as `attention_tiles.attention_rows` takes them, and numbers.
 
-    norms: the two normalizations' weights. W: those of all projections. numbers: the two normalizations' eps, the scores' scale, then
-    s = alpha / r of the four calls. packed: what `tiles.pack` made of each W, or nothing.
+    numbers: the two normalizations' eps, the scores' scale, then s = alpha / r of the four calls. packed: what `tiles.pack` made of each
+    weight, or nothing.
     """
 
-    norms: tuple[Tensor, ...]
-    W: tuple[Tensor, ...]
     shape: Shape
     entries: tuple[int, ...]
     numbers: tuple[float, ...]
     packed: tuple[Tensor, ...]
 
-    def beside(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The last arguments of `decoder_layer`, factors among them."""
-        return self.norms, self.W, A, B, self.shape, self.entries, self.numbers, self.packed
-
 
 class DecoderFunction(torch.autograd.Function):
-    """(How, x (B, T, hidden), cos, sin (B T, width), then A of all projections, B of all) -> (B, T, hidden).
-
-    What is frozen comes in `How`: autograd looks at each of its function's tensors, both ways, and these are half of them.
-    """
+    """(How, x (B, T, hidden), cos, sin (B T, width), two weights of normalizations, then W of all projections, A of all, B of all) -> (B, T, hidden)."""
 
     @staticmethod
-    def forward(ctx, how, x, cos, sin, *factors):  # type: ignore[no-untyped-def]
+    def forward(ctx, how, x, cos, sin, *tensors):  # type: ignore[no-untyped-def]
         x = x.contiguous()
         ctx.rooms, ctx.how = rooms_of_step(), how  # the rooms live as long as a layer's way back is to come
-        A, B = _halves(factors)
-        at = _places(x, how.shape, A)[2]
+        at = _places(x, how.shape, _apart(tensors)[2])[2]
         of_attention, of_mlp = (ctx.rooms.lend(x, numbers) for numbers in (at.of_attention, at.of_mlp))
         with ctx.rooms.one(x, at.meanwhile) as room:
-            result = decoder_layer(x, room, of_attention, of_mlp, cos, sin, *how.beside(A, B))
-        ctx.save_for_backward(x, cos, sin, of_attention, of_mlp, *factors)
+            result = decoder_layer(x, room, of_attention, of_mlp, cos, sin, *_apart(tensors), *how)
+        ctx.save_for_backward(x, cos, sin, of_attention, of_mlp, *tensors)
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, cos, sin, of_attention, of_mlp, *factors = ctx.saved_tensors
-        of_x, (A, B) = ctx.needs_input_grad[1], _halves(factors)
-        with ctx.rooms.one(x, _places(x, ctx.how.shape, A)[2].meanwhile) as room:
+        x, cos, sin, of_attention, of_mlp, *tensors = ctx.saved_tensors
+        of_x, count = ctx.needs_input_grad[1], len(tensors) // 3
+        with ctx.rooms.one(x, _places(x, ctx.how.shape, _apart(tensors)[2])[2].meanwhile) as room:
             found = decoder_layer_backward(
-                grad.contiguous(), x, room, cos, sin, of_attention, of_mlp, *ctx.how.beside(A, B), of_x
+                grad.contiguous(), x, room, cos, sin, of_attention, of_mlp, *_apart(tensors), *ctx.how, of_x
             )
-        dx, found = (found[0], found[1:]) if of_x else (None, found)
-        return (None, dx, None, None, *found)
+        dx, factors = (found[0], found[1:]) if of_x else (None, found)
+        return (None, dx, None, None, *(None,) * (2 + count), *factors)
 
 
 class Rooms:
@@ -137,10 +126,10 @@ def rooms_of_step() -> Rooms:
     return found
 
 
-def _halves(factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """A of all projections, and B."""
-    n = len(factors) // 2
-    return factors[:n], factors[n:]
+def _apart(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+    """The normalizations' weights, then W, A and B of all projections."""
+    n = len(tensors) // 3
+    return tensors[:2], tensors[2 : 2 + n], tensors[2 + n : 2 + 2 * n], tensors[2 + 2 * n :]
 
 
 def _places(x: Tensor, shape: Sequence[int], A: Sequence[Tensor]) -> tuple[Shape, int, Places]:

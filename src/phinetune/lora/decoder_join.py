@@ -6,7 +6,6 @@ Not here: what is computed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,12 +68,14 @@ class DecoderLayer:
         scalings, tensors = self._scalings(), self._tensors()
         if scalings is None or tensors is None:
             return None
-        n = 2 + len(self.layers)
-        W = tuple(tensors[2:n])
-        eps = self.norms[0].eps, self.norms[1].eps
-        how = How(tuple(tensors[:2]), W, shape, entries, (*eps, attention.scaling, *scalings), self._packed(W))
+        how = How(
+            shape,
+            entries,
+            (self.norms[0].eps, self.norms[1].eps, attention.scaling, *scalings),
+            self._packed(tensors[2 : 2 + len(self.layers)]),
+        )
         cos, sin = (a.expand(B, T, -1).reshape(B * T, -1) for a in (cos, sin))
-        result: Tensor = DecoderFunction.apply(how, x, cos, sin, *tensors[n:])  # type: ignore[no-untyped-call]
+        result: Tensor = DecoderFunction.apply(how, x, cos, sin, *tensors)  # type: ignore[no-untyped-call]
         return result
 
     def _as_found(self) -> bool:
@@ -138,7 +139,7 @@ class DecoderLayer:
         for layer in self.layers:
             layer._buffers.pop("packed", None)
 
-    def _packed(self, weights: Sequence[Any]) -> tuple[Tensor, ...]:
+    def _packed(self, weights: list[Any]) -> tuple[Tensor, ...]:
         """What `pack` made of all `weights`; nothing where it did not, or where they are not what it was made of."""
         found = [packed for layer in self.layers if (packed := layer._buffers.get("packed")) is not None]
         if len(found) < len(weights) or not all(p.dtype is torch.bfloat16 and kernels.plain(p) for p in found):

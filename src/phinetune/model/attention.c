@@ -37,11 +37,24 @@ enum { WIDEST = 256, QUERIES = 128, BLOCKS = QUERIES / 32, PART = 128 }; /* numb
 
 /* ---- rows ---- */
 
+/* log2 of 16 numbers above 0: the exponent, and of what is left, m in [3/4, 3/2), the series of 2 atanh((m - 1) / (m + 1)), to 5e-9. */
+WITH_TILES static inline __m512 logarithm_of_two(__m512 x)
+{
+    const __m512 one = _mm512_set1_ps(1.0f), m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
+    const __m512 z = _mm512_div_ps(_mm512_sub_ps(m, one), _mm512_add_ps(m, one)), square = _mm512_mul_ps(z, z);
+    __m512 p = _mm512_set1_ps(1.0f / 9.0f);
+    for (int i = 7; i > 0; i -= 2) p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(1.0f / (float)i));
+    return _mm512_fmadd_ps(_mm512_mul_ps(p, z), _mm512_set1_ps(2.0f * LOG2E), _mm512_getexp_ps(_mm512_div_ps(x, m)));
+}
+
+/* The lanes of 16 numbers from `at` on that lie before `seen`. */
+static inline __mmask16 before(int64_t at, int64_t seen) { return seen - at >= 16 ? 0xffff : seen <= at ? 0 : (__mmask16)((1u << (seen - at)) - 1); }
+
 WITH_TILES static inline void store_halves(half *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 
 WITH_TILES static inline void store_32(half *to, __m512 low, __m512 high) { _mm512_storeu_si512(to, halves(low, high)); }
 
-/* Of 32 scores from `at` on, 16 in each half, what is seen; the others count as `instead`. */
+/* 16 scores from `at` on; those that are not seen count as `instead`. */
 WITH_TILES static inline __m512 scores_seen(const float *scores, int64_t at, int64_t seen, float instead)
 {
     return _mm512_mask_loadu_ps(_mm512_set1_ps(instead), before(at, seen), scores + at);
@@ -102,8 +115,6 @@ WITH_TILES static inline float product_of(const half *x, const half *y, int64_t 
     for (int64_t i = 0; i < D; i += 32) sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(x + i), (__m512bh)_mm512_loadu_si512(y + i));
     return _mm512_reduce_add_ps(sum);
 }
-
-WITH_TILES static inline __m512 load_halves(const half *from) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16); }
 
 /* x (D) turned by its position's angles (Su et al. 2021, "RoFormer", equation 34, halves as in GPT-NeoX); `back` turns the other way. */
 WITH_TILES static void rotate(float *x, const half *cos, const half *sin, int64_t width, int back)

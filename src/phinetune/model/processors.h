@@ -1,7 +1,7 @@
 /* `FOR_EVERY_PROCESSOR`: the function behind it is compiled for several generations of x86-64, and the loader takes the one for its processor.
- * `PUT_INSIDE`: the function becomes part of those that call it, and is compiled as they are.
+ * Where compiler or system cannot do that, it is nothing, and the function is compiled once.
  *
- * Where compiler or system cannot do that, it is nothing, and the function is compiled once. Not here: tiles (`tiles.h`), which ask for themselves.
+ * `PUT_INSIDE`: the function becomes part of those that call it, and is compiled as they are, where the compiler can be told so. Not here: tiles (`tiles.h`), which ask for themselves.
  */
 #pragma once
 #if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

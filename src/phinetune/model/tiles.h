@@ -121,6 +121,9 @@ WITH_TILES static inline void fetch(float *to, int64_t stride, int lower)
 /* 32 numbers, rounded to bfloat16. */
 WITH_TILES static inline __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
+/* 16 numbers. */
+WITH_TILES static inline __m512 load_halves(const half *from) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16); }
+
 /* Tiles 0 to 3 -> the first `rows` rows of 32 in bfloat16. */
 WITH_TILES static inline void put(half *to, int64_t stride, int64_t rows)
 {
@@ -153,19 +156,6 @@ WITH_TILES static inline __m512 power_of_two(__m512 x)
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.99999261e-1f));
     return _mm512_scalef_ps(p, whole);
 }
-
-/* log2 of 16 numbers above 0: the exponent, and of what is left, m in [3/4, 3/2), the series of 2 atanh((m - 1) / (m + 1)), to 5e-9. */
-WITH_TILES static inline __m512 logarithm_of_two(__m512 x)
-{
-    const __m512 one = _mm512_set1_ps(1.0f), m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
-    const __m512 z = _mm512_div_ps(_mm512_sub_ps(m, one), _mm512_add_ps(m, one)), square = _mm512_mul_ps(z, z);
-    __m512 p = _mm512_set1_ps(1.0f / 9.0f);
-    for (int i = 7; i > 0; i -= 2) p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(1.0f / (float)i));
-    return _mm512_fmadd_ps(_mm512_mul_ps(p, z), _mm512_set1_ps(2.0f * LOG2E), _mm512_getexp_ps(_mm512_div_ps(x, m)));
-}
-
-/* The lanes of 16 numbers from `at` on that lie before `seen`. */
-static inline __mmask16 before(int64_t at, int64_t seen) { return seen - at >= 16 ? 0xffff : seen <= at ? 0 : (__mmask16)((1u << (seen - at)) - 1); }
 
 /* ---- operands in the tiles' layout: tile row p, column n holds the pair (2p, n), (2p + 1, n) of the right operand ---- */
 

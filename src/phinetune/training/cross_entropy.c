@@ -4,7 +4,7 @@
  *
  * torch has the logarithm of p as a tensor of its own, in float32, twice as large as the logits, and goes over it five times. Here a row is
  * read three times, a piece in the nearest cache, the row in the second: for its highest number, for the sum of exponentials, for the
- * gradients. These need no second pass over exponentials kept somewhere: forming them again is cheaper than memory.
+ * gradients. Exponentials are formed twice, which is cheaper than keeping them.
  *
  * Plain C over pointers, loaded by ctypes (cross_entropy.py, which makes the checks and names the reference). Sums over a row are float32 in a
  * piece and float64 over pieces. Not here: the products before and after, other dtypes.

@@ -170,7 +170,10 @@ def library() -> Any:
     lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32),
 )
 def cross_entropy_rows(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
-    """As `losses_reference`, for contiguous logits in bfloat16 or float32 and whole targets, in one pass. Raises IndexError."""
+    """logits (n, V) in bfloat16 or float32 and targets (n,) in int64, both contiguous -> losses (n,) float32, as `losses_reference`, in one pass.
+
+    Raises IndexError, with the logits as they were, for a target that is neither -100 nor one of V.
+    """
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     pointers, wide = [t.data_ptr() for t in (logits, targets, losses)], logits.dtype is torch.float32
     if library().cross_entropy(*pointers, *logits.shape, smoothing, gradient, wide):
@@ -188,7 +191,7 @@ def _losses(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -
 
 
 def losses_reference(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
-    """The same by torch's operators.
+    """logits (n, V) and targets (n,) -> losses (n,), at least float32, by torch's operators; logits become p - q if `gradient`.
 
     A CPU takes few rows at a time, so that the passes over them stay in its cache and no second chunk is needed, whatever its dtype.
     """

@@ -42,8 +42,7 @@ from phinetune.training.estimate_model import (
     without_numbers,
 )
 from phinetune.training.estimate_trace import Call, Peak, StepTrace, storage_bytes
-from phinetune.training.loss import supervised_loss
-from phinetune.training.rows import last_mlp
+from phinetune.training.loss import loss_paths, supervised_loss
 
 # Bytes of optimizer state for each byte of a trained parameter, by how the optimizer's name begins; the longest beginning counts.
 _STATE = {
@@ -239,9 +238,8 @@ def _step(
     trace: StepTrace | None = None,
 ) -> None:
     """Forward and backward as training has them."""
-    last = last_mlp(model) if fast_paths.last_rows else None
-    head, paths = model.get_output_embeddings(), (fast_paths.chunked_loss, last, fast_paths.rounded, fast_paths.tiles)
-    loss = supervised_loss(model, head, batch, model.dtype, None, label_smoothing, *paths)
+    head, paths = model.get_output_embeddings(), loss_paths(model, fast_paths)
+    loss = supervised_loss(model, head, batch, model.dtype, None, label_smoothing, **paths)
     if trace is not None:
         trace.phase = "backward"
     torch.autograd.backward(loss)

@@ -20,7 +20,7 @@
 
 enum { PARTS = 16, MASKED = -100 };
 enum { MOST = 1 << 18, ROWS = 256 };          /* numbers that rows taken together have at most, so that their sums stay in the second cache; rows */
-enum { PACKED = 200000, FEW = 64, MANY = 256 }; /* numbers of words taken together, likewise; words: a row's sums are read and written for so many */
+enum { PACKED = 200000, FEWEST = 64, MANY = 256 }; /* numbers of words taken together, likewise; words: a row's sums are read and written for so many */
 static const float ROOM_ABOVE = 16.0f; /* scores may be so much higher than the power of two, as logarithms, before it goes up */
 static const float NOTHING = -1e30f;   /* a score of which no power of two is left */
 
@@ -44,7 +44,7 @@ static int64_t rows_together(int64_t M, int64_t K)
 static int64_t words_together(int64_t K)
 {
     const int64_t most = PACKED / K / 32 * 32;
-    return most > MANY ? MANY : most < FEW ? FEW : most;
+    return most > MANY ? MANY : most < FEWEST ? FEWEST : most;
 }
 
 /* What a part of the vocabulary has summed up of some rows. */
@@ -134,7 +134,7 @@ WITH_TILES static void some_words(const Head *h, const Sums *s, const Own *own, 
     }
 }
 
-/* The parts' sums of a row, in the first part's place -> its loss and gradient. */
+/* The parts' sums of a row -> its loss and gradient. */
 WITH_TILES static void add_up(const Head *h, int64_t from, int64_t rows, int64_t row)
 {
     const int64_t target = h->targets[from + row], K = h->K;
@@ -167,9 +167,7 @@ WITH_TILES static void add_up(const Head *h, int64_t from, int64_t rows, int64_t
                 float *all = sums_of(h, rows, p).all + 32 * (row / 32 * K + k);
                 d[j] = _mm512_fmadd_ps(_mm512_load_ps(half_of_row(all, row % 32, j)), _mm512_set1_ps(factors[p]), d[j]);
             }
-            const __m256i word = _mm256_loadu_si256((const __m256i *)(h->W + target * K + k + 16 * j));
-            const __m512 of_target = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(word), 16);
-            d[j] = _mm512_fmsub_ps(d[j], scale, _mm512_mul_ps(left, of_target));
+            d[j] = _mm512_fmsub_ps(d[j], scale, _mm512_mul_ps(left, load_halves(h->W + target * K + k + 16 * j)));
         }
         _mm512_storeu_si512(to + k, halves(d[0], d[1]));
     }

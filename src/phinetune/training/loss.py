@@ -19,13 +19,14 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from phinetune.data.encoding import MASKED
 from phinetune.errors import TrainingError
+from phinetune.model.fast import FastPaths
 from phinetune.training.cross_entropy import (
     checkpointed_cross_entropy,
     chunk_rows,
     chunked_cross_entropy,
     summed_cross_entropy,
 )
-from phinetune.training.rows import only_rows, recomputed, rows_at, tree_mask, wrapping
+from phinetune.training.rows import last_mlp, only_rows, recomputed, rows_at, tree_mask, wrapping
 
 _ALTERING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models known to do something to what their head returns (a soft cap, a scale): they need the logits themselves."""
@@ -123,6 +124,12 @@ def _head_loss(
     return checkpointed_cross_entropy(
         logits_of, hidden, targets, label_smoothing, chunk_rows(head.out_features, torch.float32)
     )
+
+
+def loss_paths(model: Any, paths: FastPaths) -> dict[str, Any]:
+    """What `supervised_loss` is told of `paths` for `model`, unwrapped."""
+    last = last_mlp(model) if paths.last_rows else None
+    return {"chunked": paths.chunked_loss, "last": last, "rounded": paths.rounded, "tiles": paths.tiles}
 
 
 def supervised_loss(

@@ -22,8 +22,7 @@ from phinetune.errors import TrainingError
 from phinetune.events import Note, OnEvent, Progress
 from phinetune.model.fast import FastPaths
 from phinetune.training import adamw
-from phinetune.training.loss import learned_positions, supervised_loss
-from phinetune.training.rows import last_mlp
+from phinetune.training.loss import learned_positions, loss_paths, supervised_loss
 
 CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
@@ -52,13 +51,7 @@ class AdapterTrainer(Trainer):
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the learned tokens of each step
         self._head = self.model.get_output_embeddings()
-        last = last_mlp(self.model) if fast_paths.last_rows else None
-        self._paths: dict[str, Any] = {
-            "chunked": fast_paths.chunked_loss,
-            "last": last,
-            "rounded": fast_paths.rounded,
-            "tiles": fast_paths.tiles,
-        }
+        self._paths = loss_paths(self.model, fast_paths)
         self.add_callback(self._order_callback)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
