@@ -113,13 +113,13 @@ def model_flops(folder: Path, r: int, tokens: int, pairs: int, learned: int) -> 
     return {**parts, "total": sum(parts.values())}
 
 
-def gemm_rate(m: int, k: int, n: int, seconds: float = 0.3) -> float:
-    """bfloat16 (m, k) x (n, k)ᵀ products of this machine, in GFLOP/s: the operations of about `seconds` of them over their whole time.
+def gemm_rate(m: int, k: int, n: int, dtype: torch.dtype = torch.bfloat16, seconds: float = 0.3) -> float:
+    """(m, k) x (n, k)ᵀ products of this machine in `dtype`, in GFLOP/s: the operations of about `seconds` of them over their whole time.
 
     Whole, as a step's time is: where others work on the same cores, a product takes one of two times, and their median tells which was
     the more frequent one in that moment only.
     """
-    x, w = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
+    x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
     torch.nn.functional.linear(x, w)
     count, start = 0, time.perf_counter()
     while count < 5 or time.perf_counter() - start < seconds:

@@ -74,6 +74,8 @@ class Stack:
     """Workloads it is not run on."""
     rounded: bool = False
     """It trains on rounded weights, so its losses are others."""
+    all_float32: bool = False
+    """For machines that multiply bfloat16 more slowly than float32; elsewhere only by its name."""
 
 
 def run_phinetune(
@@ -106,7 +108,9 @@ def run_phinetune(
     return [result.manifest["ledger"]["tokens"]]
 
 
-def run_trl(job: Job, pace: Pace, weights: str = "float32", attention: str = "sdpa", **options: Any) -> list[int]:
+def run_trl(
+    job: Job, pace: Pace, weights: str = "float32", attention: str = "sdpa", bf16: bool = True, **options: Any
+) -> list[int]:
     """Trains by TRL's SFTTrainer; returns the tokens of each step, as its own log has them."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -132,7 +136,7 @@ def run_trl(job: Job, pace: Pace, weights: str = "float32", attention: str = "sd
         args=SFTConfig(
             **job.training(),
             output_dir=str(job.rows / "trl"),
-            bf16=True,
+            bf16=bf16,
             disable_tqdm=True,
             dataloader_pin_memory=False,
             model_init_kwargs={"dtype": weights, "attn_implementation": attention},
@@ -147,10 +151,10 @@ def run_trl(job: Job, pace: Pace, weights: str = "float32", attention: str = "sd
     return [n - before for n, before in zip(seen, [0, *seen], strict=False)]
 
 
-def run_peft(job: Job, pace: Pace, float32: bool, attention: str) -> list[int]:
-    """Trains by a plain loop over PEFT layers on a bfloat16 base; returns the tokens of each step.
+def run_peft(job: Job, pace: Pace, float32: bool, attention: str, base: str = "bfloat16") -> list[int]:
+    """Trains by a plain loop over PEFT layers on a base in `base`; returns the tokens of each step.
 
-    float32: adapters in float32 under autocast, PEFT's own default; else in bfloat16 like the base.
+    float32: adapters in float32, PEFT's own default, over a bfloat16 base under autocast; else in bfloat16 like the base.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -158,7 +162,7 @@ def run_peft(job: Job, pace: Pace, float32: bool, attention: str) -> list[int]:
 
     set_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        str(job.model), dtype=torch.bfloat16, attn_implementation=attention
+        str(job.model), dtype=getattr(torch, base), attn_implementation=attention
     )
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config, autocast_adapter_dtype=float32).train()
@@ -176,7 +180,7 @@ def run_peft(job: Job, pace: Pace, float32: bool, attention: str) -> list[int]:
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100)}
         batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=float32):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=float32 and base == "bfloat16"):
             loss = model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
@@ -220,6 +224,20 @@ STACKS = {
                 {"float32": dtype == "float32", "attention": attention},
             )
             for dtype in ("float32", "bfloat16")
+            for attention in ("sdpa", "eager")
+        ),
+        *(
+            Stack(
+                f"{name}, all in float32, {attention}",
+                group,
+                run,
+                {**options, "attention": attention},
+                all_float32=True,
+            )
+            for name, group, run, options in (
+                ("TRL", "TRL SFTTrainer, all in float32", run_trl, {**_TRL_BEST, "weights": "float32", "bf16": False}),
+                ("PEFT", "PEFT in a plain loop, all in float32", run_peft, {"float32": True, "base": "float32"}),
+            )
             for attention in ("sdpa", "eager")
         ),
     )

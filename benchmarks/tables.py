@@ -40,7 +40,7 @@ def terminal_table(results: dict[str, Any]) -> str:
         if "arithmetic" in workload:
             a = workload["arithmetic"]
             lines.append(
-                f"  share of {a['gemm_gflops']:.0f} GFLOP/s: {a['share_counted']:.2f} counted, {a['share_by_formula']:.2f} by formula"
+                f"  share of {a['gemm_gflops']:.0f} GFLOP/s in {a.get('dtype', 'bfloat16')}: {a['share_counted']:.2f} counted, {a['share_by_formula']:.2f} by formula"
             )
             unknown = a["counted"]["without_formula"]
             lines += [f"  not counted: {unknown}"] if unknown else []

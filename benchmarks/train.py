@@ -180,7 +180,12 @@ def ratios(stacks: dict[str, Any]) -> dict[str, Any]:
     if "phinetune" not in stacks:
         return {}
     ours, found = stacks["phinetune"], {}
-    for key in ("TRL SFTTrainer, its best settings", "TRL SFTTrainer, its defaults", "PEFT"):
+    for key in (
+        "TRL SFTTrainer, its best settings",
+        "TRL SFTTrainer, its defaults",
+        "TRL SFTTrainer, all in float32",
+        "PEFT",
+    ):
         name = fastest(stacks, key)
         if name is not None:
             pairs = zip(ours["tokens_per_second"], stacks[name]["tokens_per_second"], strict=True)
@@ -196,15 +201,28 @@ def ratios(stacks: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine_rates(model: Path, tokens: int) -> dict[str, float]:
-    """This machine's bfloat16 GEMM rate now, in GFLOP/s: a large square product for as long as a step takes, and one of a training step's shape."""
+    """This machine's GEMM rate now, in GFLOP/s: a large square product for as long as a step takes, and one of a training step's shape.
+
+    In the dtype that phinetune trains in here: bfloat16, unless float32 is the faster one.
+    """
     from flops import gemm_rate
     from transformers import AutoConfig
 
     text = AutoConfig.from_pretrained(str(model), local_files_only=True).get_text_config()
+    dtype = training_dtype()
     return {
-        "square_2048": round(gemm_rate(2048, 2048, 2048, seconds=2.0), 1),
-        "training_shape": round(gemm_rate(tokens, text.hidden_size, text.intermediate_size), 1),
+        "square_2048": round(gemm_rate(2048, 2048, 2048, dtype, seconds=2.0), 1),
+        "training_shape": round(gemm_rate(tokens, text.hidden_size, text.intermediate_size, dtype), 1),
     }
+
+
+def training_dtype() -> Any:
+    """What phinetune computes in on this machine if nothing is said, as a torch dtype."""
+    import torch
+
+    from phinetune.model.compute import default_dtype
+
+    return default_dtype(torch.device("cpu"))
 
 
 def arithmetic(
@@ -224,6 +242,7 @@ def arithmetic(
         "by_formula": usual,
         "real_tokens": tokens,
         "learned_tokens": learned,
+        "dtype": str(training_dtype())[6:],
         "gemm_gflops": statistics.median(gemm),
         "shares": shares,
         "share_counted": round(statistics.median(shares["counted"]), 3),
@@ -253,10 +272,10 @@ def chosen_stacks(wanted: Sequence[str] | None) -> list[Stack]:
     unknown = [name for name in wanted or () if name not in STACKS]
     if unknown:
         raise SystemExit(f"unknown stack {unknown[0]!r}: they are {'; '.join(STACKS)}")
-    found = []
+    found, in_bfloat16 = [], str(training_dtype()) == "torch.bfloat16"
     for stack in STACKS.values():
         reason = missing(stack)
-        if wanted and stack.name not in wanted:
+        if (wanted and stack.name not in wanted) or (not wanted and stack.all_float32 and in_bfloat16):
             continue
         if reason is None:
             found.append(stack)

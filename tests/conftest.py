@@ -26,6 +26,7 @@ sitecustomize._resolve  # noqa: B018  the guard, not some other module of that n
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from phinetune.exporting.build import build_onnx  # noqa: E402
 from tiny import PROMPT, build_here, tiny_folder, tone_rows, write_rows  # noqa: E402
 
 torch.set_num_threads(1)  # tiny products run faster on one thread, and two test runs do not get into each other's way
@@ -52,10 +53,23 @@ def model_folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(f"{request.param}_folder")
 
 
+_BUILDS = ("phinetune.workflow.export.build_onnx", "phinetune.workflow.tune.build_onnx")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _builder_here() -> Iterator[None]:
+    """The ONNX builder runs in this process: to start and import it takes ten seconds, and a hundred tests export. See `builder_started`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _BUILDS:
+            patch.setattr(name, build_here)
+        yield
+
+
 @pytest.fixture
-def builder_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ONNX builder runs in this process, which is faster."""
-    monkeypatch.setattr("phinetune.workflow.export.build_onnx", build_here)
+def builder_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ONNX builder runs as it does for users, in a process of its own."""
+    for name in _BUILDS:
+        monkeypatch.setattr(name, build_onnx)
 
 
 @pytest.fixture

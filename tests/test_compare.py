@@ -396,3 +396,25 @@ def test_quickstart_compares_its_stages(
     assert all("perplexity" not in s["metrics"] and s["metrics"]["memory"] == PEAK for s in read["stages"])
     assert "perplexity" not in report_html(read) and "decode tokens/s" in report_html(read)
     assert (tmp_path / "q" / "report.html").read_text() == report_html(read)
+
+
+def test_quickstart_again_compares_nothing_that_it_has_compared(
+    llama_folder: Path, no_process: None, tmp_path: Path, tone_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(**more: Any) -> tuple[Any, list[str]]:
+        said: list[str] = []
+        done = phinetune.quickstart(
+            tmp_path / "q", str(llama_folder), tone_data, {"max_steps": 1}, on_event=listen(said), **more
+        )
+        return done, said
+
+    first, _ = run()
+    made = (tmp_path / "q" / "results.json").read_bytes()
+    again, said = run()
+    assert again.comparison.stages == first.comparison.stages and again.answers == first.answers
+    assert again.seconds == first.seconds and (tmp_path / "q" / "results.json").read_bytes() == made
+    assert any("unchanged" in note and "results.json" in note for note in said)
+    (tmp_path / "q" / "results.json").write_text(made.decode()[:-9])
+    assert "results.json" in run()[1][-1] and json.loads((tmp_path / "q" / "results.json").read_text())["made_of"]
+    monkeypatch.setattr("phinetune.workflow.quickstart.machine_key", lambda: "another")
+    assert not any("unchanged" in note and "results.json" in note for note in run()[1])

@@ -113,7 +113,9 @@ def test_a_mistake_of_ours_is_not_taken_for_the_runtimes(monkeypatch: pytest.Mon
             verifying.check_outputs(int4, contract)
 
 
-def test_a_builder_that_fails_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_builder_that_fails_says_why_and_leaves_nothing(
+    tmp_path: Path, builder_started: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("phinetune.workflow.export.architecture_problem", lambda values, builder: "")
     folder = tiny_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -270,7 +272,7 @@ def test_an_older_builder_is_asked_in_its_own_words_and_not_for_what_it_does_not
     assert options["use_qdq"] == "true" and "exclude_lm_head" not in options
 
 
-def test_rtn_rounds_to_the_nearest(tmp_path: Path, llama_folder: Path) -> None:
+def test_rtn_rounds_to_the_nearest(tmp_path: Path, llama_folder: Path, builder_started: None) -> None:
     """Every stored 4-bit number is the one nearest to the weight it stands for, with the scale that is stored beside it."""
     import onnx
     from onnx.numpy_helper import to_array

@@ -30,7 +30,6 @@ from phinetune.model.contract import Probe, load_contract
 from phinetune.model.load import load_base_contract
 from tiny import PHI_TEMPLATE, PROMPT, tiny_folder, tone_rows, write_rows
 
-pytestmark = pytest.mark.usefixtures("builder_here")
 INT4 = ExportConfig(algorithm="default")
 
 

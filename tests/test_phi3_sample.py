@@ -12,7 +12,7 @@ import phinetune
 from phinetune.errors import ConfigError
 from phinetune.events import Note
 from phinetune.model import compute
-from phinetune.model.load import plan_load
+from phinetune.model.load import measuring_dtype, plan_load
 from phinetune.training.config import fit_to_machine, read_training_config
 from tiny import write_rows
 
@@ -101,6 +101,48 @@ def test_dtype_by_measured_speed(
     assert plan.dtype == dtype
     replaced = asked not in (None, "auto") and str(dtype)[6:] not in str(asked)
     assert any("torch_dtype" in n and "using" in n for n in notes) == replaced
+
+
+@pytest.mark.parametrize(
+    ("stored", "fastest", "free", "dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16, 10**12, torch.bfloat16),
+        (torch.bfloat16, torch.float32, 10**12, torch.float32),
+        (torch.bfloat16, torch.float32, None, torch.float32),
+        (torch.bfloat16, torch.float32, 4000, torch.bfloat16),
+        (torch.float16, torch.bfloat16, 10**12, torch.float32),
+        (torch.float32, torch.bfloat16, 4000, torch.float32),
+    ],
+)
+def test_what_is_measured_loses_no_digit_and_no_time(
+    stored: torch.dtype, fastest: torch.dtype, free: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phinetune.model.load.default_dtype", lambda device: fastest)
+    monkeypatch.setattr("phinetune.model.load.available_memory", lambda: free)
+    assert measuring_dtype(stored, 1000) == dtype
+
+
+def test_one_name_of_two_generations_is_two_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def key(flags: str) -> str:
+        (tmp_path / "cpuinfo").write_text(f"model\t\t: 1\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n")
+        return compute.machine_key()
+
+    monkeypatch.setattr(compute, "_CPUINFO", tmp_path / "cpuinfo")
+    assert key("avx2 fma") == key("avx2 fma") != key("avx2 fma avx512_bf16")
+    assert compute.processor_name() == "AMD EPYC"
+
+
+@pytest.mark.parametrize(
+    ("speedup", "said"),
+    [(4.46, "bfloat16 products run 4.5 x"), (0.02, "float32 products run 50.0 x"), (0.0, "no bfloat16")],
+)
+def test_what_was_measured_is_said_of_the_faster_one(
+    speedup: float, said: str, llama_folder: Path, notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("phinetune.model.compute", "phinetune.model.load"):
+        monkeypatch.setattr(f"{module}.bfloat16_speedup", lambda device: speedup)
+    plan_load(llama_folder, {"device_map": "cpu"}, on_event=lambda e: notes.append(getattr(e, "text", "")))
+    assert any(said in n for n in notes)
 
 
 def test_the_speedup_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

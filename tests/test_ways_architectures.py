@@ -25,7 +25,6 @@ from phinetune.workflow.export import parse_export_config
 from phinetune.workflow.quantize import calibration_examples, parts_in
 from tiny import PROMPT, tiny_folder, tone_rows, write_rows
 
-pytestmark = pytest.mark.usefixtures("builder_here")
 TIED = ("qwen3", "gemma")  # and two that are not
 
 

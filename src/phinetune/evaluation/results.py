@@ -90,6 +90,15 @@ def results(stages: list[StageResult], **more: Any) -> dict[str, Any]:
     }
 
 
+def read_stages(value: dict[str, Any]) -> list[StageResult]:
+    """The stages of what `results` made and a file kept. Raises KeyError or TypeError for anything else."""
+    made = []
+    for row in value["stages"]:
+        against = row["against"] and Pairs(**row["against"])
+        made.append(StageResult(**{**row, "interval": tuple(row["interval"]), "against": against}))
+    return made
+
+
 def write_results(file: Path, value: dict[str, Any]) -> None:
     """Write `results.json` whole, making its folder if need be."""
     with disk_errors(file):

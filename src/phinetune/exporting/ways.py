@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from phinetune.events import Note, OnEvent, log_event
 from phinetune.exporting.calibration import batches_of, quantize_in_order
 from phinetune.exporting.rounding_ways import gptq, least_error
-from phinetune.model.folder import stored_dtype
 from phinetune.model.grid import Codes, Grid, join, quantize
 
 Way = Literal["default", "searched", "gptq", "mixed"]
@@ -48,11 +47,11 @@ def codes_of(
     scales. Raises ConfigError where the blocks do not divide a layer's inputs, ValueError for `gptq` and `mixed` without examples. `mixed` gives
     those of `gptq`: which products get other bits is `raise_most_sensitive`'s.
     """
-    from phinetune.model.load import LoadPlan, load_model
+    from phinetune.model.load import load_model, measuring_plan
 
     if way in ("gptq", "mixed") and not rows:
         raise ValueError(f"{way} needs examples")
-    model = load_model(folder, LoadPlan(stored_dtype(folder), torch.device("cpu"), None, trust_remote_code))
+    model = load_model(folder, measuring_plan(folder, trust_remote_code))
     job = _Quantizing(model, way, grid, frozenset(kept), kept_as)
     job.shared_embedding()
     if rows and way != "default":

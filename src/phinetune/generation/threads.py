@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.artifact import content_key
-from phinetune.model.compute import keep_measured, processor_name, read_measured, usable_cpus
+from phinetune.model.compute import keep_measured, processor_identity, read_measured, usable_cpus
 
 _PROMPT, _ANSWER, _ROUNDS = 64, 16, 3
 _WORTH = 0.97
@@ -122,4 +122,4 @@ def _key(folder: Path) -> str:
     decoder = _settings(folder).get("model", {}).get("decoder", {})
     size = sum(f.stat().st_size for f in folder.glob("model.onnx*")).bit_length()
     shape = decoder.get("hidden_size"), decoder.get("num_hidden_layers"), size
-    return content_key("onnx threads", processor_name(), usable_cpus(), og.__version__, shape)[:16]
+    return content_key("onnx threads", *processor_identity(), usable_cpus(), og.__version__, shape)[:16]

@@ -19,6 +19,9 @@ from phinetune.artifact import cache_folder, content_key, write_json
 if TYPE_CHECKING:
     import torch
 
+_CPUINFO = Path("/proc/cpuinfo")
+_FEW_ROWS, _HOPELESS = 16, 0.3
+"""Rows of the product that is tried first, and the speedup there from which on it is measured properly."""
 _BF16_PAYS_FROM = 1.2  # bfloat16 must multiply this much faster than float32; below, its rounding buys nothing
 
 
@@ -41,7 +44,7 @@ def bfloat16_speedup(device: torch.device) -> float:
         return 0.0
     measured = measured_speedup(device)
     if measured is None:
-        measured = round(_measure(device), 2)
+        measured = float(f"{_measure(device):.3g}")  # a hundredth, too, where bfloat16 is computed by software
         keep_measured(_speedup_key(device), {"bfloat16_speedup": measured, "device": str(device)})
     return measured
 
@@ -76,14 +79,14 @@ def _measured() -> dict[str, Any]:
 def _speedup_key(device: torch.device) -> str:
     import torch
 
-    return content_key(processor_name(), device.type, torch.__version__)[:16]
+    return content_key(*processor_identity(), device.type, torch.__version__)[:16]
 
 
 def machine_key() -> str:
     """A short name of this machine's processor, torch version and number of threads: timings taken here hold for these."""
     import torch
 
-    return content_key(processor_name(), torch.__version__, torch.get_num_threads())[:16]
+    return content_key(*processor_identity(), torch.__version__, torch.get_num_threads())[:16]
 
 
 def usable_cpus() -> int:
@@ -150,21 +153,30 @@ def memory_limit(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int
 
 
 def processor_name() -> str:
-    """The processor's own name, which also tells machines apart that share a home folder."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.processor() or platform.machine(),
-    )
+    """The processor's own name."""
+    return _processor_words("model name") or platform.processor() or platform.machine()
+
+
+def processor_identity() -> tuple[str, ...]:
+    """What measurements are kept by. Virtual machines call several generations by one name, so what they can do belongs to it."""
+    return (processor_name(), *(_processor_words(key) for key in ("cpu family", "model\t", "flags", "Features")))
+
+
+def _processor_words(key: str) -> str:
+    """What Linux says of the first processor under `key`; empty if nothing."""
+    lines = _CPUINFO.read_text(errors="replace").splitlines() if _CPUINFO.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
 def _measure(device: torch.device) -> float:
-    """Median time of a (256, 1024) x (1024, 1024) product in float32 over that in bfloat16, taken in turns."""
+    """Median time of a (256, 1024) x (1024, 1024) product in float32 over that in bfloat16, taken in turns.
+
+    Of fewer rows, once, where that tells enough: a processor without bfloat16 would need half a minute for the whole.
+    """
     import torch
 
-    def operands(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ones(256, 1024, dtype=dtype, device=device), torch.ones(1024, 1024, dtype=dtype, device=device)
+    def operands(dtype: torch.dtype, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ones(rows, 1024, dtype=dtype, device=device), torch.ones(1024, 1024, dtype=dtype, device=device)
 
     def seconds(x: torch.Tensor, w: torch.Tensor) -> float:
         start = time.perf_counter()
@@ -173,10 +185,14 @@ def _measure(device: torch.device) -> float:
         y[0, 0].item()  # waits for the device
         return time.perf_counter() - start
 
-    try:
-        single, half = operands(torch.float32), operands(torch.bfloat16)
+    def ratio(rows: int, turns: int) -> float:
+        single, half = operands(torch.float32, rows), operands(torch.bfloat16, rows)
         seconds(*single), seconds(*half)
-        times = [(seconds(*single), seconds(*half)) for _ in range(7)]
+        times = [(seconds(*single), seconds(*half)) for _ in range(turns)]
+        return statistics.median(t for t, _ in times) / statistics.median(t for _, t in times)
+
+    try:
+        few = ratio(_FEW_ROWS, 3)
+        return ratio(256, 7) if few > _HOPELESS else few
     except RuntimeError:  # this device has no bfloat16 product
         return 0.0
-    return statistics.median(t for t, _ in times) / statistics.median(t for _, t in times)

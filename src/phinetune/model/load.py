@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from phinetune.errors import ConfigError, ModelError, did_you_mean, first_line
 from phinetune.events import Note, OnEvent, log_event
-from phinetune.model.compute import bfloat16_speedup, default_device, default_dtype
+from phinetune.model.compute import available_memory, bfloat16_speedup, default_device, default_dtype
 from phinetune.model.contract import PromptContract, load_contract, load_tokenizer, make_contract
-from phinetune.model.folder import HUB_KEYS, stored_dtype
+from phinetune.model.folder import HUB_KEYS, stored_dtype, weight_files
 from phinetune.model.grid import Grid
 from phinetune.model.grid_weight import hold_on_grid
 from phinetune.model.memory import release_freed_memory
@@ -34,6 +34,8 @@ from phinetune.model.quantized import (
 if TYPE_CHECKING:
     import torch
 
+SPARE = 1.3
+"""Free memory that a model in memory asks for, over the bytes of its weights."""
 _NO_EFFECT = ("use_safetensors", "low_cpu_mem_usage", "subfolder", "variant")
 
 
@@ -110,11 +112,7 @@ def _dtype(asked: Any, folder: Path, device: torch.device, on_event: OnEvent) ->
 
     if asked is None:
         fastest = default_dtype(device)
-        on_event(
-            Note(
-                f"model: weights in {str(fastest)[6:]} (bfloat16 products run {bfloat16_speedup(device):.1f} x as fast as float32 here, measured)"
-            )
-        )
+        on_event(Note(f"model: weights in {str(fastest)[6:]} ({_compared(bfloat16_speedup(device))})"))
         return fastest
     if asked == "auto":
         asked = stored_dtype(folder)
@@ -133,12 +131,23 @@ def _dtype(asked: Any, folder: Path, device: torch.device, on_event: OnEvent) ->
     if dtype == torch.bfloat16 and default_dtype(device) != torch.bfloat16:
         on_event(
             Note(
-                f"model_kwargs.torch_dtype: bfloat16 is slower than float32 on this machine ({bfloat16_speedup(device):.1f} x, measured), using float32",
+                f"model_kwargs.torch_dtype: using float32 ({_compared(bfloat16_speedup(device))})",
                 warning=True,
             )
         )
         return torch.float32
     return dtype
+
+
+def _compared(speedup: float) -> str:
+    """What `bfloat16_speedup` found, in words."""
+    if speedup >= 1:
+        return f"bfloat16 products run {speedup:.1f} x as fast as float32 here, measured"
+    return (
+        f"float32 products run {1 / speedup:.1f} x as fast as bfloat16 here, measured"
+        if speedup
+        else "no bfloat16 products here"
+    )
 
 
 _SHORT = 256  # tokens; up to here two batched products and a softmax beat the fused kernel on CPUs (forward + backward, measured)
@@ -265,6 +274,29 @@ def _is_stored_in(folder: Path, dtype: torch.dtype) -> bool:
         return bool(stored_dtype(folder) == dtype)
     except ModelError:  # quantized already
         return False
+
+
+def measuring_plan(folder: Path, trust_remote_code: bool = False, **more: Any) -> LoadPlan:
+    """How the plain model in `folder` is loaded to be measured on the CPU: with every digit of its weights, in `measuring_dtype`."""
+    import torch
+
+    numbers = sum(f.stat().st_size for f in weight_files(folder)[0]) // stored_dtype(folder).itemsize
+    dtype = measuring_dtype(stored_dtype(folder), numbers)
+    return LoadPlan(dtype, torch.device("cpu"), None, trust_remote_code, **more)
+
+
+def measuring_dtype(stored: torch.dtype, numbers: int) -> torch.dtype:
+    """What a model of so many numbers, `stored` so, is computed in on the CPU where no digit may be lost.
+
+    As it is stored; but 16 bits that this machine multiplies more slowly than float32, by tens of times where it has no instructions for
+    them, become float32 where that fits into free memory.
+    """
+    import torch
+
+    if stored.itemsize > 2 or stored == default_dtype(torch.device("cpu")):
+        return stored
+    free = available_memory()
+    return torch.float32 if free is None or numbers * 4 * SPARE < free else stored
 
 
 def load_base_contract(folder: Path, trust_remote_code: bool = False) -> PromptContract:

@@ -24,7 +24,7 @@ from phinetune.model.compute import available_memory, resident_memory
 from phinetune.model.fast import uses_blocks
 from phinetune.model.folder import resolve_description, weight_files
 from phinetune.model.grid import Grid
-from phinetune.model.load import LoadPlan, load_base_contract, plan_load, read_model_config
+from phinetune.model.load import SPARE, LoadPlan, load_base_contract, measuring_dtype, plan_load, read_model_config
 from phinetune.training.checkpointing import check_layer_count
 from phinetune.training.config import fit_to_machine, training_arguments
 from phinetune.workflow.training_plan import Plan, Suggestion, Variant, changes, describe, gigabytes, needed_bytes
@@ -176,8 +176,9 @@ class TrainingForecast:
     def _plan(self, variant: Variant, batches: int) -> Plan:
         memory, available, resident = self._memory(variant), available_memory(), resident_memory()
         process, stored, time = memory["process"], self._stored_bytes(), self._time(variant, batches)
+        measured = measuring_dtype(self._stored_dtype(), self._parameters()).itemsize * self._parameters()
         compared = max(
-            _MERGE, process + int(1.3 * stored)
+            _MERGE, process + int(SPARE * measured)
         )  # base and adapter, then the merged model: what merge asks for
         return Plan(
             memory=memory,

@@ -8,6 +8,7 @@ for, or measured. Afterwards, where memory allows, the merged model is compared 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import statistics
@@ -31,6 +32,7 @@ from phinetune.generation.load import adapter_base, adapter_contract, find, roun
 from phinetune.model.compute import available_memory
 from phinetune.model.contract import PromptContract
 from phinetune.model.folder import base_key, stored_dtype, weight_files
+from phinetune.model.load import SPARE
 from phinetune.model.quantized import quiet_bitsandbytes, read_record
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
     from phinetune.lora.injection import Adapter
     from phinetune.lora.stream import MergeReport
+    from phinetune.model.load import LoadPlan
 
 INHERITED = ("base_model", "base_key", "data", "data_sha256", "eval_data", "eval_data_sha256", "grid")
 """What later stages take over from the adapter's manifest."""
@@ -126,7 +129,7 @@ class _Merge:
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         self.model_type = str(config.get("model_type") or "")
         size, free = sum(f.stat().st_size for f in weight_files(base)[0]), available_memory()
-        self.fits = free is None or size * 1.3 < free
+        self.fits = free is None or size * SPARE < free
 
     def run(self, target: Path, asked: Base) -> dict[str, Any]:
         """Write the merged model into `target` and return the figures of the merge."""
@@ -217,13 +220,13 @@ class _Merge:
         return name in layers or any(n.endswith(f".{name}") or name.endswith(f".{n}") for n in layers)
 
     def adapted(self, policy: str) -> tuple[Any, Adapter]:
-        """(model, adapter in it) in memory, the base in its own dtype, or in 4 bits as in the training."""
+        """(model, adapter in it) in memory, the base in its own numbers, or in 4 bits as in the training."""
         import torch
 
         from phinetune.lora.adapter import load_adapter
         from phinetune.model.load import load_model
 
-        plan = self.plan(stored_dtype(self.base))
+        plan = self.plan
         if policy == "dequantized" and self.quantization is not None:
             dtype = getattr(torch, self.quantization["dtype"])
             plan = dataclasses.replace(plan, dtype=dtype, quantization=self.format)
@@ -232,13 +235,12 @@ class _Merge:
         round_as_trained(model, self.adapter, self.base)
         return model.eval(), adapter
 
-    def plan(self, dtype: torch.dtype) -> Any:
-        """How models are loaded here."""
-        import torch
+    @functools.cached_property
+    def plan(self) -> LoadPlan:
+        """How models are loaded here: decided once, as what is compared must be computed alike."""
+        from phinetune.model.load import measuring_plan
 
-        from phinetune.model.load import LoadPlan
-
-        return LoadPlan(dtype, torch.device("cpu"), None, self.trust, trained_overrides(self.adapter))
+        return measuring_plan(self.base, self.trust, config_overrides=trained_overrides(self.adapter))
 
     def noise_over_change(self, adapter: Adapter) -> float:
         """Median over the layers of |what 4 bits changed| / |what the adapter changes|."""
@@ -280,7 +282,7 @@ class _Merge:
         adapter.take_out(model)
         plain = probe_logits(model, self.contract)
         del model, adapter
-        whole = load_model(target, self.plan(stored_dtype(target)))
+        whole = load_model(target, self.plan)
         round_as_trained(whole, self.adapter, target)
         merged = probe_logits(whole, self.contract)
         moved, lost = float((adapted - plain).abs().max()), float((merged - adapted).abs().max())

@@ -22,6 +22,7 @@ from phinetune.model.compute import available_memory
 from phinetune.model.contract import PromptContract
 from phinetune.model.folder import stored_dtype, weight_files
 from phinetune.model.grid import Codes, Grid
+from phinetune.model.load import SPARE
 from phinetune.workflow.held_out import choose_examples
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def out_of_memory(source: Path, bytes_each: int) -> str:
     """A sentence if the model in `source`, with `bytes_each` for each of its numbers, does not fit into the free memory; else empty."""
     numbers = sum(f.stat().st_size for f in weight_files(source)[0]) // stored_dtype(source).itemsize
     free = available_memory()
-    if free is None or numbers * bytes_each * 1.3 < free:
+    if free is None or numbers * bytes_each * SPARE < free:
         return ""
     return f"the model does not fit into the free memory ({free / 1e9:.1f} GB)"
 
@@ -187,9 +188,9 @@ def raise_most_sensitive(
 
     from phinetune.exporting.rounding_ways import least_error
     from phinetune.exporting.sensitivity import choose_raised, divergences
-    from phinetune.model.load import LoadPlan, load_model
+    from phinetune.model.load import load_model, measuring_plan
 
-    model = load_model(source, LoadPlan(stored_dtype(source), torch.device("cpu"), None, trust_remote_code)).eval()
+    model = load_model(source, measuring_plan(source, trust_remote_code)).eval()
     found = divergences(model, parts, codes, examples.rows, examples.starts, on_event)
     shapes = matrices(source)
     numbers = {p: sum((stop - start) * shapes[m][1] for m, start, stop in spans) for p, spans in parts.items()}

@@ -27,7 +27,7 @@ from phinetune.exporting.graph import set_accuracy_level
 from phinetune.exporting.verify import GENAI_CONFIG
 from phinetune.generation.onnx_backend import open_folder
 from phinetune.generation.threads import answer_seconds, as_overlay, threads_for
-from phinetune.model.compute import keep_measured, processor_name, read_measured, usable_cpus
+from phinetune.model.compute import keep_measured, processor_identity, processor_name, read_measured, usable_cpus
 from phinetune.model.grid import Grid
 from phinetune.quiet import measuring
 from phinetune.workflow.quantize import matrices
@@ -95,7 +95,9 @@ def _key(shapes: dict[str, tuple[int, int]], config: ExportConfig, block: int) -
     import onnxruntime_genai as og
 
     how = (config.precision, config.symmetric, block)
-    return content_key("onnx speed", processor_name(), usable_cpus(), og.__version__, sorted(shapes.items()), how)[:16]
+    return content_key("onnx speed", *processor_identity(), usable_cpus(), og.__version__, sorted(shapes.items()), how)[
+        :16
+    ]
 
 
 def first_that_keeps(
