@@ -87,7 +87,7 @@ def test_quickstart_again_finds_everything_done(quickstart: tuple[Path, dict[str
 def test_phrase_tone(tmp_path: Path) -> None:
     phinetune(
         "finetune", "--model", "smollm2-135m", "--data", str(PHRASES), "--prompt", "What is the tone of this phrase? {phrase}",
-        "--completion", "{tone}", "--output", "adapter", cwd=tmp_path,
+        "--completion", "{tone}", "--set", "training_config.num_train_epochs=1", "--output", "adapter", cwd=tmp_path,
     )  # fmt: skip
     manifest = json.loads((tmp_path / "adapter" / "manifest.json").read_text())
     assert manifest["ledger"]["rows"] == 795 and manifest["ledger"]["test"] == 159
