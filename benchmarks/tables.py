@@ -66,7 +66,9 @@ def readme_table(results: dict[str, Any]) -> str:
         lines.append(f"| phinetune against {name} | " + " | ".join(cells) + " |")
     if any("arithmetic" in w for w in workloads):
         shares = [f"{w['arithmetic']['share_counted']:.0%}" if "arithmetic" in w else "-" for w in workloads]
-        lines.append("| phinetune's share of the machine's bf16 GEMM rate | " + " | ".join(shares) + " |")
+        dtypes = {w["arithmetic"].get("dtype", "bfloat16") for w in workloads if "arithmetic" in w}
+        rate = " and ".join(sorted("bf16" if dtype == "bfloat16" else dtype for dtype in dtypes))
+        lines.append(f"| phinetune's share of the machine's {rate} GEMM rate | " + " | ".join(shares) + " |")
     if "first_step" in results:
         first = results["first_step"]
         plain = (

@@ -129,8 +129,27 @@ def test_the_gemm_rate_is_a_rate() -> None:
     assert 0.01 < flops.gemm_rate(64, 64, 64, seconds=0.0) < 1e6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_float32_is_compared_with_float32_where_it_is_the_faster_one(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "training_dtype", lambda: dtype)
+    monkeypatch.setattr(train, "missing", lambda stack: None)
+    assert any(stack.all_float32 for stack in train.chosen_stacks(None)) == (dtype == torch.float32)
+    asked = "TRL, all in float32, eager"
+    assert [stack.name for stack in train.chosen_stacks([asked])] == [asked]
+
+
+def test_the_table_names_what_the_rate_is_of() -> None:
+    for dtype, name in (("bfloat16", "bf16"), ("float32", "float32")):
+        found = results()
+        for workload in found["workloads"].values():
+            workload["arithmetic"] = {"dtype": dtype, "share_counted": 0.5}
+        assert f"the machine's {name} GEMM rate | 50%" in tables.readme_table(found)
+
+
 def test_stacks_train_the_same_rows_in_turn(llama_folder: Path, tone_file: Path, tmp_path: Path) -> None:
-    wanted = ["phinetune", "TRL, sdpa", "PEFT bfloat16, sdpa"]
+    wanted = ["phinetune", "TRL, sdpa", "PEFT bfloat16, sdpa", "PEFT, all in float32, sdpa"]
     names = [name for name in wanted if missing(STACKS[name]) is None]
     options = f"--workload short8 --rounds 1 --steps 1 --results {tmp_path / 'train.json'}".split()
     options += ["--model", str(llama_folder), "--data", str(tone_file)]
