@@ -272,10 +272,10 @@ def chosen_stacks(wanted: Sequence[str] | None) -> list[Stack]:
     unknown = [name for name in wanted or () if name not in STACKS]
     if unknown:
         raise SystemExit(f"unknown stack {unknown[0]!r}: they are {'; '.join(STACKS)}")
-    found, in_bfloat16 = [], str(training_dtype()) == "torch.bfloat16"
+    found, without = [], not wanted and training_dtype().itemsize == 2  # without those all in float32
     for stack in STACKS.values():
         reason = missing(stack)
-        if (wanted and stack.name not in wanted) or (not wanted and stack.all_float32 and in_bfloat16):
+        if (wanted and stack.name not in wanted) or (without and stack.all_float32):
             continue
         if reason is None:
             found.append(stack)

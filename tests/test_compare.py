@@ -401,12 +401,10 @@ def test_quickstart_compares_its_stages(
 def test_quickstart_again_compares_nothing_that_it_has_compared(
     llama_folder: Path, no_process: None, tmp_path: Path, tone_data: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(**more: Any) -> tuple[Any, list[str]]:
+    def run() -> tuple[Any, list[str]]:
         said: list[str] = []
-        done = phinetune.quickstart(
-            tmp_path / "q", str(llama_folder), tone_data, {"max_steps": 1}, on_event=listen(said), **more
-        )
-        return done, said
+        model, place = str(llama_folder), tmp_path / "q"
+        return phinetune.quickstart(place, model, tone_data, {"max_steps": 1}, on_event=listen(said)), said
 
     first, _ = run()
     made = (tmp_path / "q" / "results.json").read_bytes()

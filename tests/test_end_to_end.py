@@ -17,10 +17,6 @@ from phinetune.workflow.quickstart import UNSEEN
 
 pytestmark = pytest.mark.slow
 
-SLOW = default_dtype(torch.device("cpu")) == torch.float32
-"""No bfloat16 in this processor: three epochs take twenty minutes of one core, so it is one, which learns a little less."""
-EPOCHS = ["--set", "training_config.num_train_epochs=1"] if SLOW else []
-LEARNED = 0.9 if SLOW else 0.93
 PHRASES = Path(__file__).parents[2] / "shared" / "data" / "phrase-tone.jsonl"
 
 
@@ -32,10 +28,17 @@ def phinetune(*args: str, cwd: Path, threads: int | None = None) -> subprocess.C
     return done
 
 
+@pytest.fixture(scope="session")
+def fewer_epochs() -> list[str]:
+    """One epoch where the processor has no bfloat16: three take ten minutes of one core there. As much must be learned."""
+    in_float32 = default_dtype(torch.device("cpu")) == torch.float32
+    return ["--set", "training_config.num_train_epochs=1"] if in_float32 else []
+
+
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+def quickstart(tmp_path_factory: pytest.TempPathFactory, fewer_epochs: list[str]) -> tuple[Path, dict[str, Any], str]:
     root = tmp_path_factory.mktemp("quickstart")
-    done = phinetune("quickstart", *EPOCHS, cwd=root)
+    done = phinetune("quickstart", *fewer_epochs, cwd=root)
     return root, json.loads((root / "phinetune-quickstart" / "results.json").read_text()), done.stdout
 
 
@@ -44,7 +47,7 @@ def test_the_stages_hold_what_they_promise(quickstart: tuple[Path, dict[str, Any
     base, adapter, merged, onnx = results["stages"]
     assert [s["stage"] for s in results["stages"]] == ["base", "adapter", "merged", "ONNX int4"]
     assert base["value"] <= 0.05
-    assert adapter["value"] >= LEARNED
+    assert adapter["value"] >= 0.93
     assert abs(merged["correct"] - adapter["correct"]) <= 1
     assert onnx["value"] >= adapter["value"] - 0.1
     assert all(s["count"] == 160 and s["seconds_evaluated"] > 0 for s in results["stages"])
@@ -81,22 +84,24 @@ def test_the_shipped_model_chats(quickstart: tuple[Path, dict[str, Any], str]) -
     assert done.stdout.strip() == "joy"
 
 
-def test_quickstart_again_finds_everything_done(quickstart: tuple[Path, dict[str, Any], str]) -> None:
+def test_quickstart_again_finds_everything_done(
+    quickstart: tuple[Path, dict[str, Any], str], fewer_epochs: list[str]
+) -> None:
     root, before, shown = quickstart
-    again = phinetune("quickstart", *EPOCHS, cwd=root).stdout
+    again = phinetune("quickstart", *fewer_epochs, cwd=root).stdout
     after = json.loads((root / "phinetune-quickstart" / "results.json").read_text())
     assert again == shown
     assert after == before
 
 
 @pytest.mark.skipif(not PHRASES.is_file(), reason="the phrase-tone data set is not beside the project")
-def test_phrase_tone(tmp_path: Path) -> None:
+def test_phrase_tone(tmp_path: Path, fewer_epochs: list[str]) -> None:
     phinetune(
         "finetune", "--model", "smollm2-135m", "--data", str(PHRASES), "--prompt", "What is the tone of this phrase? {phrase}",
-        "--completion", "{tone}", *EPOCHS, "--output", "adapter", cwd=tmp_path,
+        "--completion", "{tone}", *fewer_epochs, "--output", "adapter", cwd=tmp_path,
     )  # fmt: skip
     manifest = json.loads((tmp_path / "adapter" / "manifest.json").read_text())
     assert manifest["ledger"]["rows"] == 795 and manifest["ledger"]["test"] == 159
     phinetune("evaluate", "--model", "adapter", "--output", "results.json", cwd=tmp_path)
     row = json.loads((tmp_path / "results.json").read_text())["stages"][0]
-    assert row["count"] == 159 and row["value"] >= LEARNED
+    assert row["count"] == 159 and row["value"] >= 0.93

@@ -17,9 +17,7 @@ import pytest
 from tiny import PROMPT
 from workflows import write_workflow
 
-KILLS = int(
-    os.environ.get("PHINETUNE_TEST_KILLS", 10)
-)  # 20 and more by hand: a start takes ten seconds on slow machines
+KILLS = 20
 TIMES = ("manifest.json", "results.json", "footprint.json", "run.log")  # they hold seconds that work took
 
 

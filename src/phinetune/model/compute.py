@@ -6,6 +6,7 @@ No guessing from a processor's name: the same matrix product is timed in float32
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -154,18 +155,23 @@ def memory_limit(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int
 
 def processor_name() -> str:
     """The processor's own name."""
-    return _processor_words("model name") or platform.processor() or platform.machine()
+    return processor_facts().get("model name") or platform.processor() or platform.machine()
 
 
 def processor_identity() -> tuple[str, ...]:
     """What measurements are kept by. Virtual machines call several generations by one name, so what they can do belongs to it."""
-    return (processor_name(), *(_processor_words(key) for key in ("cpu family", "model\t", "flags", "Features")))
+    facts = processor_facts()
+    return (processor_name(), *(facts.get(key, "") for key in ("cpu family", "model", "flags", "Features")))
 
 
-def _processor_words(key: str) -> str:
-    """What Linux says of the first processor under `key`; empty if nothing."""
-    lines = _CPUINFO.read_text(errors="replace").splitlines() if _CPUINFO.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+def processor_facts() -> dict[str, str]:
+    """What Linux says of the first processor, by its own keys; empty elsewhere."""
+    try:
+        with _CPUINFO.open(errors="replace") as lines:  # the kernel writes the others only if they are read
+            pairs = [line.partition(":") for line in itertools.takewhile(str.strip, lines)]
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _measure(device: torch.device) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from phinetune.artifact import cache_folder, versions
 from phinetune.errors import OutputError, first_line
-from phinetune.model.compute import available_memory, main_memory, measured_speedup, processor_name
+from phinetune.model.compute import available_memory, main_memory, measured_speedup, processor_facts, processor_name
 
 _INSTRUCTION_SETS = {
     "avx2": "avx2",
@@ -126,9 +126,8 @@ def instruction_sets(words: str) -> tuple[str, ...]:
 
 def _instruction_sets() -> tuple[str, ...]:
     """From /proc/cpuinfo (flags on x86, Features on ARM), macOS's sysctl, or the architecture alone."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
-    words = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
+    facts = processor_facts()
+    words = facts.get("flags") or facts.get("Features", "")
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         known = {"FEAT_BF16": "bf16", "FEAT_I8MM": "i8mm", "FEAT_DotProd": "asimddp", "FEAT_SME": "sme"}
         words = " ".join(["asimd", *(w for feature, w in known.items() if _mac(f"hw.optional.arm.{feature}") == "1")])
