@@ -105,7 +105,7 @@ WITH_TILES static void finish(Waiting *w)
 /* Blocked rows times a panel, as `multiply`, storing what waits on the way. */
 WITH_TILES static __attribute__((noinline)) void along(const half *left, const half *panel, int64_t steps, int lower, Waiting *w)
 {
-    const int64_t spare = w->rows - w->next < steps ? w->rows - w->next : steps;
+    const int64_t waits = w->rows - w->next < steps ? w->rows - w->next : steps, spare = products_in == TILES ? waits : 0;
     for (int64_t k = 0; k < spare; k++, left += 1024, panel += 1024) {
         multiply(left, 32, 1024, panel, 1, lower);
         store_row(w, w->next++);
@@ -430,7 +430,7 @@ WITH_TILES static int forward(const Layers *l)
             shape_tiles();
             down(l, X, panels, rows);
             products(l, 0, X, l->D, panel, rows, &next);
-            _tile_release();
+            release_tiles();
         }
         free(panel);
         free(rows);
@@ -545,7 +545,7 @@ WITH_TILES static int backward(const Layers *l)
             turn(l, U, turned);
             turn(l, l->D, turned + l->R * high);
             gradients_of_factors(l, l->room, turned, turned + l->R * high, panel);
-            _tile_release();
+            release_tiles();
         }
         free(panel);
         free(columns);
@@ -568,7 +568,8 @@ WITH_TILES static void pack_weights(const half *W, int64_t N, int64_t K, half *f
         }
 }
 
-int tiles_usable(void) { return may_use_tiles(); }
+int tiles_usable(void) { return may_multiply(); }
+void tiles_use(int how) { products_in = how; }
 void lora_pack(const half *W, int64_t N, int64_t K, half *forward_to, half *back_to) { pack_weights(W, N, K, forward_to, back_to); }
 int lora_forward(const Layers *layers) { return forward(layers); }
 int lora_backward(const Layers *layers) { return backward(layers); }
@@ -576,6 +577,7 @@ int64_t lora_room(const Layers *layers, int back) { return numbers_of_room(layer
 
 #else
 int tiles_usable(void) { return 0; }
+void tiles_use(int how) { (void)how; }
 void lora_pack(const void *W, long long N, long long K, void *forward_to, void *back_to) { (void)W, (void)N, (void)K, (void)forward_to, (void)back_to; }
 int lora_forward(const void *layers) { return layers != 0; }
 int lora_backward(const void *layers) { return layers != 0; }

@@ -331,7 +331,7 @@ WITH_TILES static int forward(const Attention *a)
                 Run run = run_of(a, unit / a->groups);
                 forward_run(a, &run, unit % a->groups, &room);
             }
-            _tile_release();
+            release_tiles();
         }
         free(room.all);
     }
@@ -358,10 +358,7 @@ WITH_TILES static void add_over_queries(const half *turned, const half *wide, co
         while (widths[from] <= n) from++; /* earlier queries do not see these keys */
         for (int64_t d = 0; d < D; d += 32) {
             float *to = sums + d * keys + n;
-            _tile_loadd(0, to, keys * 4);
-            _tile_loadd(1, to + 16, keys * 4);
-            _tile_loadd(2, to + 16 * keys, keys * 4);
-            _tile_loadd(3, to + 16 * keys + 16, keys * 4);
+            resume_rows(to, keys);
             multiply(turned + (d / 32 * BLOCKS + from) * 2 * TILE, 32, 2 * TILE, wide + (n / 32 * BLOCKS + from) * 2 * TILE, blocks - from, 1);
             fetch(to, keys, 1);
         }
@@ -483,7 +480,7 @@ WITH_TILES static int backward(const Attention *a)
 #pragma omp for schedule(dynamic)
                 for (int64_t unit = 0; unit < units; unit++) backward_unit(a, unit, &room, shared);
             }
-            _tile_release();
+            release_tiles();
 #pragma omp for schedule(static)
             for (int64_t token = 0; token < a->shared; token++) give_shared(a, token, shared, omp_get_num_threads());
         }
@@ -493,12 +490,14 @@ WITH_TILES static int backward(const Attention *a)
     return failed;
 }
 
-int tiles_usable(void) { return may_use_tiles(); }
+int tiles_usable(void) { return may_multiply(); }
+void tiles_use(int how) { products_in = how; }
 int attention_forward(const Attention *a) { return forward(a); }
 int attention_backward(const Attention *a) { return backward(a); }
 
 #else
 int tiles_usable(void) { return 0; }
+void tiles_use(int how) { (void)how; }
 int attention_forward(const void *a) { return a != 0; }
 int attention_backward(const void *a) { return a != 0; }
 #endif

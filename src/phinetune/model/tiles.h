@@ -1,9 +1,11 @@
-/* Matrix tiles (AMX) for products of bfloat16 numbers with sums in float32: what `lora/tiles.c` and `model/attention.c` have in common.
+/* Products of bfloat16 numbers with sums in float32, 32 x 32 results at a time: what `lora/tiles.c`, `model/attention.c` and `training/head.c`
+ * have in common. In matrix tiles (AMX) where the processor has them, else in vectors (AVX-512 with bfloat16).
  *
  * A left operand is 32 rows of 32 numbers a step, as they lie; a right one is brought into the tiles' layout, pairs of rows side by side, in
- * panels of 32 columns. A block of 32 x 32 results stays in four tile registers while it goes along both.
+ * panels of 32 columns. A block of 32 x 32 results stays in four tile registers while it goes along both; without tiles it is memory of the
+ * thread, of which 8 rows at a time stay in vector registers.
  *
- * Everything is static: each of the two files is a library of its own. Only for gcc on x86-64 Linux (`HAS_TILES`).
+ * Everything is static: each of the three files is a library of its own. Only for gcc on x86-64 Linux (`HAS_TILES`).
  */
 #pragma once
 #if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
@@ -21,13 +23,17 @@
 typedef uint16_t half;            /* bfloat16 */
 enum { TILE = 512 };              /* numbers of a tile of 16 rows of 32 (or of 16 pairs of rows of 16) */
 
-/* 1 if this process may use tiles: the system is asked for leave (arch_prctl, ARCH_REQ_XCOMP_PERM of tile data). */
-static inline int may_use_tiles(void)
+enum { NEITHER, VECTORS, TILES };
+static int products_in = NEITHER; /* of these; set by `may_multiply`, once, before anything else is called */
+
+/* What this process may multiply with. For tiles the system is asked for leave (arch_prctl, ARCH_REQ_XCOMP_PERM of tile data). */
+static inline int may_multiply(void)
 {
     __builtin_cpu_init();
     unsigned a, b, c, d = 0;
     __get_cpuid_count(7, 0, &a, &b, &c, &d); /* bits 22 and 24: products of bfloat16 tiles, tiles */
-    return d >> 22 & 1 && d >> 24 & 1 && __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    if (!__builtin_cpu_supports("avx512bf16")) return products_in = NEITHER;
+    return products_in = d >> 22 & 1 && d >> 24 & 1 && syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? TILES : VECTORS;
 }
 
 static inline int64_t filled(int64_t n) { return (n + 31) / 32 * 32; }
@@ -38,19 +44,20 @@ struct shape { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t
 WITH_TILES static void shape_tiles(void)
 {
     struct shape shape;
+    if (products_in != TILES) return;
     memset(&shape, 0, sizeof shape);
     shape.palette = 1;
     for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
     __asm__ volatile("ldtilecfg %0" : : "m"(shape)); /* gcc's own function lets it leave out what it believes nobody reads */
 }
 
-WITH_TILES static inline void clear(void)
+WITH_TILES static void release_tiles(void)
 {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if (products_in == TILES) _tile_release();
 }
+
+/* The 32 x 32 results of a thread whose processor has no tiles. */
+static _Thread_local float results[1024] __attribute__((aligned(64)));
 
 /* The cache lines of 32 rows of 32 numbers, into the second cache, for later. */
 WITH_TILES static inline void fetch_soon(const half *from, int64_t stride)
@@ -59,10 +66,49 @@ WITH_TILES static inline void fetch_soon(const half *from, int64_t stride)
     for (int i = 0; i < 32; i++) _mm_prefetch((const char *)(from + i * stride), _MM_HINT_T1);
 }
 
-/* Adds 32 rows times a panel (32 columns, two tiles a step), 32 `steps` deep, to tiles 0 to 3; without `lower` the upper 16 rows. The left operand
+WITH_TILES static inline void clear(void)
+{
+    if (products_in != TILES) {
+        memset(results, 0, sizeof results);
+        return;
+    }
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+/* As `multiply`, of 8 rows: 16 sums in registers, more than a processor has products under way. */
+WITH_TILES static __attribute__((noinline)) void multiply_8_rows(const half *left, int64_t stride, int64_t advance, const half *panel, int64_t steps, float *sums)
+{
+    __m512 c[8][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) c[i][0] = _mm512_load_ps(sums + 32 * i), c[i][1] = _mm512_load_ps(sums + 32 * i + 16);
+    for (; steps; steps--, left += advance, panel += 2 * TILE)
+#pragma GCC unroll 4
+        for (int p = 0; p < 16; p++) {
+            const __m512bh first = (__m512bh)_mm512_load_si512(panel + 32 * p), second = (__m512bh)_mm512_load_si512(panel + TILE + 32 * p);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+                int pair;
+                memcpy(&pair, left + i * stride + 2 * p, sizeof pair);
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                c[i][0] = _mm512_dpbf16_ps(c[i][0], both, first);
+                c[i][1] = _mm512_dpbf16_ps(c[i][1], both, second);
+            }
+        }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) _mm512_store_ps(sums + 32 * i, c[i][0]), _mm512_store_ps(sums + 32 * i + 16, c[i][1]);
+}
+
+/* Adds 32 rows times a panel (32 columns, two tiles a step), 32 `steps` deep, to the results; without `lower` the upper 16 rows. The left operand
  * moves on by `advance` numbers a step. */
 WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t advance, const half *panel, int64_t steps, int lower)
 {
+    if (products_in != TILES) {
+        for (int64_t i = 0; i < (lower ? 32 : 16); i += 8) multiply_8_rows(left + i * stride, stride, advance, panel, steps, results + 32 * i);
+        return;
+    }
     __asm__ volatile("" : : : "memory"); /* what was packed is there before tiles load it, of which gcc's functions do not tell it */
     if (lower)
         for (int64_t k = 0; k < steps; k++, left += advance, panel += 2 * TILE) {
@@ -85,9 +131,22 @@ WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t
         }
 }
 
-/* Tiles 0 to 3 -> memory as they are, and back. */
+/* Rows of 32 numbers, some way apart, upper and lower halves of rows some other way: both ways of laying out results are of this kind. */
+WITH_TILES static inline void copy_rows(float *to, int64_t stride, int64_t right, const float *from, int64_t from_stride, int64_t from_right, int64_t rows)
+{
+    for (int64_t i = 0; i < rows; i++) {
+        _mm512_storeu_ps(to + i * stride, _mm512_loadu_ps(from + i * from_stride));
+        _mm512_storeu_ps(to + i * stride + right, _mm512_loadu_ps(from + i * from_stride + from_right));
+    }
+}
+
+/* The results -> memory, tile by tile (rows of 16), and back. */
 WITH_TILES static inline void keep(float *to, int lower)
 {
+    if (products_in != TILES) {
+        for (int64_t upper_or_lower = 0; upper_or_lower < 1 + (lower != 0); upper_or_lower++) copy_rows(to + 512 * upper_or_lower, 16, 256, results + 512 * upper_or_lower, 32, 16, 16);
+        return;
+    }
     _tile_stored(0, to, 64);
     _tile_stored(1, to + 256, 64);
     if (lower) {
@@ -98,6 +157,10 @@ WITH_TILES static inline void keep(float *to, int lower)
 
 WITH_TILES static inline void resume(const float *from, int lower)
 {
+    if (products_in != TILES) {
+        for (int64_t upper_or_lower = 0; upper_or_lower < 1 + (lower != 0); upper_or_lower++) copy_rows(results + 512 * upper_or_lower, 32, 16, from + 512 * upper_or_lower, 16, 256, 16);
+        return;
+    }
     _tile_loadd(0, from, 64);
     _tile_loadd(1, from + 256, 64);
     if (lower) {
@@ -106,9 +169,13 @@ WITH_TILES static inline void resume(const float *from, int lower)
     }
 }
 
-/* Tiles 0 to 3 -> 32 rows of 32 numbers, `stride` numbers apart; without `lower` the upper 16 rows. */
+/* The results -> 32 rows of 32 numbers, `stride` numbers apart; without `lower` the upper 16 rows. And back, all of them. */
 WITH_TILES static inline void fetch(float *to, int64_t stride, int lower)
 {
+    if (products_in != TILES) {
+        copy_rows(to, stride, 16, results, 32, 16, lower ? 32 : 16);
+        return;
+    }
     _tile_stored(0, to, stride * 4);
     _tile_stored(1, to + 16, stride * 4);
     if (lower) {
@@ -118,13 +185,25 @@ WITH_TILES static inline void fetch(float *to, int64_t stride, int lower)
     __asm__ volatile("" : : : "memory"); /* of stores gcc is not told either */
 }
 
+WITH_TILES static inline void resume_rows(const float *from, int64_t stride)
+{
+    if (products_in != TILES) {
+        copy_rows(results, 32, 16, from, stride, 16, 32);
+        return;
+    }
+    _tile_loadd(0, from, stride * 4);
+    _tile_loadd(1, from + 16, stride * 4);
+    _tile_loadd(2, from + 16 * stride, stride * 4);
+    _tile_loadd(3, from + 16 * stride + 16, stride * 4);
+}
+
 /* 32 numbers, rounded to bfloat16. */
 WITH_TILES static inline __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 /* 16 numbers. */
 WITH_TILES static inline __m512 load_halves(const half *from) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16); }
 
-/* Tiles 0 to 3 -> the first `rows` rows of 32 in bfloat16. */
+/* The results -> the first `rows` rows of 32 in bfloat16. */
 WITH_TILES static inline void put(half *to, int64_t stride, int64_t rows)
 {
     float block[1024] __attribute__((aligned(64)));

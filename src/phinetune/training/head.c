@@ -211,19 +211,21 @@ WITH_TILES static int head_loss_of(const Head *h)
                 for (int64_t row = 0; row < rows; row++)
                     if (from + row < h->M) add_up(h, from, rows, row);
             }
-            _tile_release();
+            release_tiles();
         }
         free(own.X), free(own.across), free(own.along), free(own.P), free(own.scores);
     }
     return failed;
 }
 
-int tiles_usable(void) { return may_use_tiles(); }
+int tiles_usable(void) { return may_multiply(); }
+void tiles_use(int how) { products_in = how; }
 int64_t head_room(int64_t M, int64_t K) { return PARTS * numbers_of_sums(rows_together(M, K), K); }
 int head_loss(const Head *head) { return head_loss_of(head); }
 
 #else
 int tiles_usable(void) { return 0; }
+void tiles_use(int how) { (void)how; }
 long long head_room(long long M, long long K) { return M + K; }
 int head_loss(const void *head) { return head != 0; }
 #endif
