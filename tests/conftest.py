@@ -27,6 +27,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from phinetune.exporting.build import build_onnx  # noqa: E402
+from phinetune.lora import tiles  # noqa: E402
+from phinetune.model import attention_tiles, kernels  # noqa: E402
+from phinetune.training import head_tiles  # noqa: E402
 from tiny import PROMPT, build_here, tiny_folder, tone_rows, write_rows  # noqa: E402
 
 torch.set_num_threads(1)  # tiny products run faster on one thread, and two test runs do not get into each other's way
@@ -70,6 +73,19 @@ def builder_started(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ONNX builder runs as it does for users, in a process of its own."""
     for name in _BUILDS:
         monkeypatch.setattr(name, build_onnx)
+
+
+_PRODUCTS = [library for module in (tiles, attention_tiles, head_tiles) if (library := module.library()) is not None]
+_IN_TILES = [kernels.TILES] if tiles.packing_pays() else []
+
+
+@pytest.fixture(scope="module", params=[*_IN_TILES, kernels.VECTORS], ids=lambda way: ("vectors", "tiles")[way - 1])
+def each_way_of_multiplying(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiled products in each of the two ways that this processor has; what has tiles has vectors as well."""
+    before = [library.tiles_use(request.param) for library in _PRODUCTS]
+    yield
+    for library, way in zip(_PRODUCTS, before, strict=True):
+        library.tiles_use(way)
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ from torch import Tensor
 from phinetune.lora import tiles
 from phinetune.model import kernels
 
-pytestmark = pytest.mark.skipif(
-    tiles.library() is None, reason="a processor without AMX, or no compiler at installation"
-)
+pytestmark = [
+    pytest.mark.skipif(tiles.library() is None, reason="nothing that multiplies bfloat16, or no compiler"),
+    pytest.mark.usefixtures("each_way_of_multiplying"),
+]
 SIZES = pytest.mark.parametrize(
     ("rows", "width", "inner", "ranks"),
     [(5, 32, 32, (3, 3)), (33, 64, 96, (8, 40)), (48, 96, 1056, (16, 16)), (300, 1120, 160, (16, 16)), (257, 64, 2080, (4,))],

@@ -21,7 +21,8 @@ from phinetune.training.estimate_run import trace_step
 from phinetune.training.loss import supervised_loss
 from zoo import zoo_model
 
-TILES = pytest.mark.skipif(attention_tiles.library() is None, reason="a processor without AMX, or no compiler")
+pytestmark = pytest.mark.usefixtures("each_way_of_multiplying")
+TILES = pytest.mark.skipif(attention_tiles.library() is None, reason="nothing that multiplies bfloat16, or no compiler")
 HEADS = [(9, 3, 64, 64), (4, 4, 32, 16), (2, 2, 96, 96), (4, 2, 128, 64), (2, 1, 256, 256), (3, 3, 32, 2)]
 SCALING = 0.3
 

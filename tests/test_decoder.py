@@ -27,7 +27,8 @@ from phinetune.training.estimate_model import build_on_meta
 from phinetune.training.loss import supervised_loss
 from zoo import zoo_model
 
-TILES = pytest.mark.skipif(tiles.library() is None, reason="a processor without AMX, or no compiler at installation")
+pytestmark = pytest.mark.usefixtures("each_way_of_multiplying")
+TILES = pytest.mark.skipif(tiles.library() is None, reason="nothing that multiplies bfloat16, or no compiler")
 WIDE = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -401,13 +402,13 @@ def test_copies_made_before_a_model_had_numbers_are_left_alone() -> None:
     assert torch.equal(*results)
 
 
-def test_large_models_are_not_packed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    if tiles.library() is None:
-        pytest.skip("a processor without AMX, or no compiler at installation")
+@TILES
+def test_large_models_are_not_packed_by_themselves_and_none_for_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_tiles = tiles.packing_pays()
     copies = 3 * 4 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
     for memory, packed in ((16 * copies, True), (16 * copies - 16, False), (None, False)):
         monkeypatch.setattr(decoder_join, "main_memory", lambda memory=memory: memory)
-        assert is_packed(trained(FastPaths())) is packed
+        assert is_packed(trained(FastPaths())) is (packed and in_tiles)
     assert is_packed(trained(FastPaths(packed=True)))
 
 

@@ -20,7 +20,8 @@ from phinetune.training.estimate_run import trace_step
 from phinetune.training.loss import supervised_loss
 from zoo import zoo_model
 
-TILES = pytest.mark.skipif(head_tiles.library() is None, reason="a processor without AMX, or no compiler")
+pytestmark = pytest.mark.usefixtures("each_way_of_multiplying")
+TILES = pytest.mark.skipif(head_tiles.library() is None, reason="nothing that multiplies bfloat16, or no compiler")
 EPS = torch.finfo(torch.bfloat16).eps
 
 

@@ -25,7 +25,8 @@ from phinetune.training.estimate_run import trace_step
 from phinetune.training.loss import supervised_loss
 from zoo import zoo_model
 
-TILES = pytest.mark.skipif(tiles.library() is None, reason="a processor without AMX, or no compiler at installation")
+pytestmark = pytest.mark.usefixtures("each_way_of_multiplying")
+TILES = pytest.mark.skipif(tiles.library() is None, reason="nothing that multiplies bfloat16, or no compiler")
 OF_FACTORS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 Layer = tuple[Tensor, Tensor | None, Tensor, Tensor]
 

@@ -1,4 +1,4 @@
-"""A decoder layer with LoRA in all its projections in one autograd function, on processors with matrix tiles (AMX).
+"""A decoder layer with LoRA in all its projections in one autograd function, on processors that `tiles.py` serves.
 
     y = norm(x)    s = x + attention(y Qᵀ, y Kᵀ, y Vᵀ) Oᵀ    z = norm(s)    result = s + (silu(z Gᵀ) ⊙ z Uᵀ) Dᵀ
 

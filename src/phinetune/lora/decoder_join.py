@@ -24,7 +24,7 @@ from phinetune.model.fast import TREES
 from phinetune.model.norm import RMSNorm
 
 _SHARE_FOR_COPIES = 16
-"""Weights are packed where that takes no more than one part in so many of main memory."""
+"""Weights are packed, where that pays, if it takes no more than one part in so many of main memory."""
 _INTO = ("qkv_proj",), ("q_proj", "k_proj", "v_proj")
 _WIDEN = ("gate_up_proj",), ("gate_proj", "up_proj")
 
@@ -201,7 +201,7 @@ def join_layers(model: nn.Module, packed: bool | None) -> None:
         module.forward = functools.partial(residual.forward, module, compute=layer.forward)
     packable = [layer for _, layer in found if packed is not False and layer.servable()]
     copies = sum(2 * 2 * one.weight.numel() for layer in packable for one in layer.layers)
-    if packed or copies <= (main_memory() or 0) // _SHARE_FOR_COPIES:
+    if packed or (tiles.packing_pays() and copies <= (main_memory() or 0) // _SHARE_FOR_COPIES):
         for layer in packable:
             layer.pack()
 

@@ -1,10 +1,10 @@
-/* The products of LoRA layers that share their input, in one call forward and one backward, on processors with AMX.
+/* The products of LoRA layers that share their input, in one call forward and one backward.
  *
  *     Y_i = X W_i' + s D_i B_i'       D_i = X A_i'                                             (' is the transpose)
  *     U_i = s G_i B_i                 dX = sum of G_i W_i + U_i A_i        dA_i = U_i' X        dB_i = s G_i' D_i
  *
  * As separate products the factors' are too slim: each costs its call and a pass over rows, and Y and dX are written and read again. Here
- * a block of 32 x 32 results stays in tile registers while it goes along W and the factors both, and is rounded once.
+ * a block of 32 x 32 results stays in registers (tiles.h) while it goes along W and the factors both, and is rounded once.
  *
  * Tiles load fastest from memory without gaps, so the left operands (X, G) are copied into blocks of 32 rows by 32 columns first, the last
  * rows filled up with zeros, unless they come so: an MLP's activation is computed on gate and up, and its gradients on the gradient of what
@@ -296,6 +296,15 @@ WITH_TILES static void along_weights(const Part *p, Own *own, Strip s, int64_t j
     }
 }
 
+/* 32 rows of D or U times the factors' part of a panel. */
+WITH_TILES static void along_factors(const Part *p, Strip s, int64_t j, const half *slim, const half *panel, int lower)
+{
+    const Layers *l = p->l;
+    const int64_t first = p->back ? 0 : s.layer[j], last = p->back ? l->n : s.layer[j] + 1;
+    for (int64_t i = first; i < last; i++)
+        for (int64_t k = 0; k < l->r[i]; k += 32, panel += 2 * TILE) multiply_step(slim + 32 * (l->at[i] + k), panel, lower, l->r[i] - k);
+}
+
 /* What becomes of 32 rows of a strip, from m on, that lie in `results`. */
 WITH_TILES static Waiting waiting(const Part *p, Strip s, int64_t m, const float *results)
 {
@@ -331,7 +340,6 @@ WITH_TILES static void multiply_cell(const Part *p, Own *own, Strip s, int64_t c
     const int64_t m = p->from + 32 * (cell % p->blocks), lower = l->M - m > 16;
     for (int64_t j = 0; j < s.width / 32; j++) {
         const half *panel = own->panels + 32 * j * (p->cuts.deep + l->R);
-        const int64_t more = (p->back ? l->R : filled(l->r[s.layer[j]])) / 32, first = p->back ? 0 : l->at[s.layer[j]];
         float *kept = p->sums + cell * 2048 + 1024 * j;
         if (p->k) resume(kept, lower);
         else clear();
@@ -340,7 +348,7 @@ WITH_TILES static void multiply_cell(const Part *p, Own *own, Strip s, int64_t c
             keep(kept, lower);
             continue;
         }
-        along(p->slim + m * l->R + 32 * first, panel + p->steps * 2 * TILE, more, lower, &own->waiting);
+        along_factors(p, s, j, p->slim + m * l->R, panel + p->steps * 2 * TILE, lower);
         fetch(own->results[own->turn] + 1024 * j, 32, lower);
     }
     if (!p->last) return;
@@ -393,14 +401,27 @@ WITH_TILES static void products(const Layers *l, int back, const half *left, con
 
 /* ---- forward ---- */
 
+/* The layer that 32 columns of D belong to, number c of them, and how many of these are ranks of it. */
+static int64_t layer_of(const Layers *l, int64_t c)
+{
+    int64_t i = 0;
+    while (i + 1 < l->n && l->at[i + 1] <= 32 * c) i++;
+    return i;
+}
+
+static int64_t ranks_of(const Layers *l, int64_t c)
+{
+    const int64_t i = layer_of(l, c);
+    return l->r[i] + l->at[i] - 32 * c;
+}
+
 /* X is blocked, unless it comes so, and D = X A' made. */
 WITH_TILES static void down(const Layers *l, half *X, half *panels, half *rows)
 {
     int64_t steps = l->K / 32, parts = (l->K + PART - 1) / PART;
 #pragma omp for schedule(static)
     for (int64_t at = 0; at < l->R / 32 * parts; at++) { /* A as panels, a part of one at a time: there are few */
-        int64_t i = 0, c = at / parts, k = at % parts * PART, width = l->K - k < PART ? l->K - k : PART;
-        while (i + 1 < l->n && l->at[i + 1] <= 32 * c) i++;
+        int64_t c = at / parts, i = layer_of(l, c), k = at % parts * PART, width = l->K - k < PART ? l->K - k : PART;
         part_of(l->A[i], l->r[i], l->K, 32 * c - l->at[i], k, width, 1.0f, l->wide, rows);
         pack_rows(rows, width, panels + (c * steps + k / 32) * 2 * TILE);
     }
@@ -409,7 +430,7 @@ WITH_TILES static void down(const Layers *l, half *X, half *panels, half *rows)
         if (!(l->blocked & X_BLOCKED)) block_rows(l->X, l->M, l->K, m, X + m * l->K);
         for (int64_t c = 0; c < l->R / 32; c++) {
             clear();
-            multiply(X + m * l->K, 32, 1024, panels + c * steps * 2 * TILE, steps, l->M - m > 16);
+            multiply_columns(X + m * l->K, panels + c * steps * 2 * TILE, steps, l->M - m > 16, ranks_of(l, c));
             if (l->M - m <= 16) memset(l->D + m * l->R + 1024 * c + 512, 0, 1024);
             put(l->D + m * l->R + 1024 * c, 32, l->M - m > 16 ? 32 : 16);
         }
@@ -458,7 +479,7 @@ WITH_TILES static void gradient_of_D(const Layers *l, half *G, half *panels, hal
             if (!(l->blocked & G_BLOCKED)) block_rows(l->G[i], l->M, l->N[i], m, rows);
             for (int64_t c = 0; c < parts; c++) {
                 clear();
-                multiply(rows, 32, 1024, panels + c * steps * 2 * TILE, steps, 1);
+                multiply_columns(rows, panels + c * steps * 2 * TILE, steps, 1, l->r[i] - 32 * c);
                 put(U + m * l->R + 32 * l->at[i] + 1024 * c, 32, 32);
             }
         }
@@ -494,9 +515,7 @@ WITH_TILES static void over_rows(const half *left, int64_t r, int64_t deep, cons
     const __m512 scale = _mm512_set1_ps(s);
     for (int64_t c = 0; c < r; c += 32) {
         const int64_t there = r - c < 32 ? r - c : 32;
-        clear();
-        multiply(left + c * deep, deep, 32, panel, deep / 32, there > 16);
-        fetch(block, 32, there > 16);
+        product(left + c * deep, deep, 32, panel, deep / 32, block, 32, there > 16);
         for (int64_t j = 0; j < 32; j += 16) {
             for (int64_t i = 0; i < there && !across; i++) set(to, (c + i) * width + n + j, _mm512_mul_ps(scale, _mm512_load_ps(block + 32 * i + j)), 16, wide);
             for (int64_t i = 0; i < there && across; i += 16) {
@@ -569,7 +588,7 @@ WITH_TILES static void pack_weights(const half *W, int64_t N, int64_t K, half *f
 }
 
 int tiles_usable(void) { return may_multiply(); }
-void tiles_use(int how) { products_in = how; }
+int tiles_use(int how) { return use(how); }
 void lora_pack(const half *W, int64_t N, int64_t K, half *forward_to, half *back_to) { pack_weights(W, N, K, forward_to, back_to); }
 int lora_forward(const Layers *layers) { return forward(layers); }
 int lora_backward(const Layers *layers) { return backward(layers); }
@@ -577,7 +596,7 @@ int64_t lora_room(const Layers *layers, int back) { return numbers_of_room(layer
 
 #else
 int tiles_usable(void) { return 0; }
-void tiles_use(int how) { (void)how; }
+int tiles_use(int how) { return (void)how, 0; }
 void lora_pack(const void *W, long long N, long long K, void *forward_to, void *back_to) { (void)W, (void)N, (void)K, (void)forward_to, (void)back_to; }
 int lora_forward(const void *layers) { return layers != 0; }
 int lora_backward(const void *layers) { return layers != 0; }

@@ -1,4 +1,5 @@
-"""LoRA layers that share their input, all their products in one call forward and one backward, on processors with matrix tiles (AMX).
+"""LoRA layers that share their input, all their products in one call forward and one backward, on processors that multiply
+bfloat16 in matrix tiles (AMX) or in vectors (AVX-512).
 
 `tiles.c` has the arithmetic and is built when phinetune is installed where there is a compiler. Beside the products one by one
 (`functional.py`, `group.py`, which are the reference), sums stay in float32 until the end, so results are nearer to the exact ones.
@@ -24,7 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from phinetune.lora.frozen import is_quantized
 from phinetune.lora.functional import Spans, lora_linear
-from phinetune.model.kernels import WITH_NUMBERS, built_for_tiles, operator, plain, undisturbed
+from phinetune.model.kernels import TILES, WITH_NUMBERS, built_for_tiles, operator, plain, undisturbed
 
 _MOST = 8
 """Layers in one call at most (tiles.c)."""
@@ -45,7 +46,7 @@ class Operands(NamedTuple):
 
 @functools.cache
 def library() -> Any:
-    """The built functions, loaded once; None where they were not built, or the processor or the system has no tiles for us."""
+    """The built functions, loaded once; None where they were not built, or the processor has nothing that multiplies bfloat16."""
     found = built_for_tiles(
         Path(__file__).with_name("_tiles"), "lora_forward", "lora_backward", "lora_room", "lora_pack"
     )
@@ -54,6 +55,12 @@ def library() -> Any:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         found.lora_pack.argtypes, found.lora_pack.restype = (pointer, number, number, pointer, pointer), None
     return found
+
+
+def packing_pays() -> bool:
+    """True where copies of frozen weights in the products' layout are worth their memory: tiles multiply faster than weights can be brought into
+    it; vectors do not, and win 3 % by them."""
+    return library() is not None and library().tiles_use(-1) == TILES
 
 
 def usable(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]]) -> bool:

@@ -1,4 +1,4 @@
-/* The attention of a decoder layer between its projections, in one call forward and one backward, on processors with AMX: rotary positions,
+/* The attention of a decoder layer between its projections, in one call forward and one backward: rotary positions,
  * causal rows and trees, grouped keys, and the gradients of all of it.
  *
  *     P = softmax(s Q K')      O = P V      dV = P' G      dP = G V'      dS = P * (dP - rowsum(P * dP))      dQ = s dS K      dK = s dS' Q
@@ -223,21 +223,13 @@ WITH_TILES static void pack_along(const half *x, int64_t keys, int64_t D, half *
 /* left (32, D) times the panels of `across`, up to `width` -> scores (32, width), rows `stride` apart. */
 WITH_TILES static void score(const half *left, const half *across, int64_t D, int64_t width, float *scores, int64_t stride, int lower)
 {
-    for (int64_t n = 0; n < width; n += 32) {
-        clear();
-        multiply(left, D, 32, across + n * D, D / 32, lower);
-        fetch(scores + n, stride, lower);
-    }
+    for (int64_t n = 0; n < width; n += 32) product(left, D, 32, across + n * D, D / 32, scores + n, stride, lower);
 }
 
 /* left (32, width), rows `stride` apart, times the panels of `along`, of which each is `keys` deep -> to (32, D). */
 WITH_TILES static void combine(const half *left, int64_t stride, int64_t width, const half *along, int64_t keys, int64_t D, float *to, int lower)
 {
-    for (int64_t d = 0; d < D; d += 32) {
-        clear();
-        multiply(left, stride, 32, along + d * keys, width / 32, lower);
-        fetch(to + d, D, lower);
-    }
+    for (int64_t d = 0; d < D; d += 32) product(left, stride, 32, along + d * keys, width / 32, to + d, D, lower);
 }
 
 /* ---- memory of a thread ---- */
@@ -356,12 +348,8 @@ WITH_TILES static void add_over_queries(const half *turned, const half *wide, co
 {
     for (int64_t n = 0, from = 0; n < widths[blocks - 1]; n += 32) {
         while (widths[from] <= n) from++; /* earlier queries do not see these keys */
-        for (int64_t d = 0; d < D; d += 32) {
-            float *to = sums + d * keys + n;
-            resume_rows(to, keys);
-            multiply(turned + (d / 32 * BLOCKS + from) * 2 * TILE, 32, 2 * TILE, wide + (n / 32 * BLOCKS + from) * 2 * TILE, blocks - from, 1);
-            fetch(to, keys, 1);
-        }
+        for (int64_t d = 0; d < D; d += 32)
+            add_product(turned + (d / 32 * BLOCKS + from) * 2 * TILE, 32, 2 * TILE, wide + (n / 32 * BLOCKS + from) * 2 * TILE, blocks - from, sums + d * keys + n, keys);
     }
 }
 
@@ -491,13 +479,13 @@ WITH_TILES static int backward(const Attention *a)
 }
 
 int tiles_usable(void) { return may_multiply(); }
-void tiles_use(int how) { products_in = how; }
+int tiles_use(int how) { return use(how); }
 int attention_forward(const Attention *a) { return forward(a); }
 int attention_backward(const Attention *a) { return backward(a); }
 
 #else
 int tiles_usable(void) { return 0; }
-void tiles_use(int how) { (void)how; }
+int tiles_use(int how) { return (void)how, 0; }
 int attention_forward(const void *a) { return a != 0; }
 int attention_backward(const void *a) { return a != 0; }
 #endif

@@ -1,4 +1,5 @@
-"""Attention from a layer's projections on in one call forward and one backward, on processors with matrix tiles (AMX).
+"""Attention from a layer's projections on in one call forward and one backward, on processors that multiply
+bfloat16 in matrix tiles (AMX) or in vectors (AVX-512).
 
 `attention.c` has the arithmetic and is built when phinetune is installed where there is a compiler. Beside `rotary.RotaryAttention`, which is
 some thirty operators a layer, the scores of 32 queries never leave the cache, sums are float32 throughout, and the probabilities are not
@@ -47,7 +48,7 @@ class Heads(NamedTuple):
 
 @functools.cache
 def library() -> Any:
-    """The built functions, loaded once; None where they were not built, or the processor or the system has no tiles for us."""
+    """The built functions, loaded once; None where they were not built, or the processor has nothing that multiplies bfloat16."""
     return built_for_tiles(Path(__file__).with_name("_attention"), "attention_forward", "attention_backward")
 
 

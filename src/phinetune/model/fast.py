@@ -46,12 +46,13 @@ class FastPaths:
     grouped: bool = True
     """LoRA layers that share their input in one function (query, key and value; gate and up)."""
     tiles: bool = True
-    """On processors with AMX, in bfloat16: LoRA layers that share their input, factors and frozen weights, in one call; with `kernels`, attention
+    """On processors that multiply bfloat16 in tiles (AMX) or vectors (AVX-512): LoRA layers that share their input, factors and frozen weights, in one call; with `kernels`, attention
     between its projections in one call; with `chunked_loss`, a frozen output head and the loss in one call, without logits."""
     layers: bool = True
     """With `kernels`, `grouped` and `tiles`: a decoder layer with LoRA in all its projections in one function."""
     packed: bool | None = None
-    """With `layers`: frozen weights kept twice more, as products want them. None: where that takes a sixteenth of main memory at most."""
+    """With `layers`: frozen weights kept twice more, as products want them. None: on processors with AMX, where that takes a
+    sixteenth of main memory at most."""
     last_rows: bool = True
     """The last layer's MLP only where a learned token is predicted."""
     chunked_loss: bool = True

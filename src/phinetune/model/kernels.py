@@ -51,9 +51,13 @@ def built(path: Path) -> Any:
         return None
 
 
+VECTORS, TILES = 1, 2
+"""What the products of `tiles.h` are computed in: `tiles_usable` and `tiles_use` of a library that has them give one of these, or 0."""
+
+
 def built_for_tiles(path: Path, *names: str) -> Any:
-    """`built`, with functions `names` that take a structure's address and give whether they failed; None too where processor or system have
-    no tiles for us."""
+    """`built`, with functions `names` that take a structure's address and give whether they failed; None too where the processor has neither
+    matrix tiles (AMX) that the system lets us use nor vectors of bfloat16 (AVX-512)."""
     loaded = built(path)
     try:
         if loaded is None or not loaded.tiles_usable():

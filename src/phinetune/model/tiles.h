@@ -36,6 +36,14 @@ static inline int may_multiply(void)
     return products_in = d >> 22 & 1 && d >> 24 & 1 && syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? TILES : VECTORS;
 }
 
+/* What is multiplied with from now on, where the processor has it; less than 0 changes nothing -> what was until now. For tests of both. */
+static inline int use(int how)
+{
+    const int before = products_in;
+    if (how >= 0) products_in = how;
+    return before;
+}
+
 static inline int64_t filled(int64_t n) { return (n + 31) / 32 * 32; }
 
 struct shape { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; };
@@ -78,27 +86,47 @@ WITH_TILES static inline void clear(void)
     _tile_zero(3);
 }
 
-/* As `multiply`, of 8 rows: 16 sums in registers, more than a processor has products under way. */
-WITH_TILES static __attribute__((noinline)) void multiply_8_rows(const half *left, int64_t stride, int64_t advance, const half *panel, int64_t steps, float *sums)
+/* 8 rows of the left operand along a panel, in vectors: 16 sums in registers, or 8 without the `right` half of the panel's columns, more than a
+ * processor has products under way. `sums` lie `width` numbers apart; `fresh`: they are written, not added to. A step is `pairs` pairs deep. */
+typedef struct { const half *left; int64_t stride, advance; const half *panel; int64_t steps; float *sums; int64_t width; } Along;
+
+WITH_TILES static inline __attribute__((always_inline)) void along_8_rows(const Along *along, int64_t stride, int64_t width, int pairs, int right, int fresh)
 {
+    const half *left = along->left, *panel = along->panel;
+    float *sums = along->sums;
     __m512 c[8][2];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) c[i][0] = _mm512_load_ps(sums + 32 * i), c[i][1] = _mm512_load_ps(sums + 32 * i + 16);
-    for (; steps; steps--, left += advance, panel += 2 * TILE)
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j <= right; j++) c[i][j] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + width * i + 16 * j);
+    for (int64_t steps = along->steps; steps; steps--, left += along->advance - 2 * pairs, panel += 2 * TILE - 32 * pairs)
+        for (int four = 0; four < pairs; four += 4, left += 8, panel += 128)
 #pragma GCC unroll 4
-        for (int p = 0; p < 16; p++) {
-            const __m512bh first = (__m512bh)_mm512_load_si512(panel + 32 * p), second = (__m512bh)_mm512_load_si512(panel + TILE + 32 * p);
+            for (int p = 0; p < 4; p++) {
+                __m512bh columns[2];
+                for (int j = 0; j <= right; j++) columns[j] = (__m512bh)_mm512_load_si512(panel + TILE * j + 32 * p);
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) {
-                int pair;
-                memcpy(&pair, left + i * stride + 2 * p, sizeof pair);
-                const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-                c[i][0] = _mm512_dpbf16_ps(c[i][0], both, first);
-                c[i][1] = _mm512_dpbf16_ps(c[i][1], both, second);
+                for (int i = 0; i < 8; i++) {
+                    int pair;
+                    memcpy(&pair, left + i * stride + 2 * p, sizeof pair);
+                    for (int j = 0; j <= right; j++) c[i][j] = _mm512_dpbf16_ps(c[i][j], (__m512bh)_mm512_set1_epi32(pair), columns[j]);
+                }
             }
-        }
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) _mm512_store_ps(sums + 32 * i, c[i][0]), _mm512_store_ps(sums + 32 * i + 16, c[i][1]);
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j <= right; j++) _mm512_storeu_ps(sums + width * i + 16 * j, c[i][j]);
+}
+
+/* Strides of blocked rows and of the thread's results, 32 numbers, are given as constants: 3 % of their products' time. */
+WITH_TILES static __attribute__((noinline)) void add_8_rows(const Along *a) { along_8_rows(a, a->stride, a->width, 16, 1, 0); }
+WITH_TILES static __attribute__((noinline)) void make_8_rows(const Along *a) { along_8_rows(a, a->stride, a->width, 16, 1, 1); }
+WITH_TILES static __attribute__((noinline)) void add_8_rows_blocked(const Along *a) { along_8_rows(a, 32, 32, 16, 1, 0); }
+WITH_TILES static __attribute__((noinline)) void add_8_rows_of_half_a_panel(const Along *a) { along_8_rows(a, 32, 32, 16, 0, 0); }
+WITH_TILES static __attribute__((noinline)) void add_8_rows_of_half_a_step(const Along *a) { along_8_rows(a, 32, 32, 8, 1, 0); }
+
+/* 32 rows in vectors, or the upper 16, by one of these. */
+WITH_TILES static inline void in_vectors(void (*rows)(const Along *), Along a, int lower)
+{
+    for (int64_t i = 0; i < (lower ? 4 : 2); i++, a.left += 8 * a.stride, a.sums += 8 * a.width) rows(&a);
 }
 
 /* Adds 32 rows times a panel (32 columns, two tiles a step), 32 `steps` deep, to the results; without `lower` the upper 16 rows. The left operand
@@ -106,7 +134,7 @@ WITH_TILES static __attribute__((noinline)) void multiply_8_rows(const half *lef
 WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t advance, const half *panel, int64_t steps, int lower)
 {
     if (products_in != TILES) {
-        for (int64_t i = 0; i < (lower ? 32 : 16); i += 8) multiply_8_rows(left + i * stride, stride, advance, panel, steps, results + 32 * i);
+        in_vectors(stride == 32 ? add_8_rows_blocked : add_8_rows, (Along){left, stride, advance, panel, steps, results, 32}, lower);
         return;
     }
     __asm__ volatile("" : : : "memory"); /* what was packed is there before tiles load it, of which gcc's functions do not tell it */
@@ -129,6 +157,20 @@ WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
         }
+}
+
+/* As `multiply` of blocked rows, where of the panel's columns `there` hold anything but zeros. */
+WITH_TILES static inline void multiply_columns(const half *left, const half *panel, int64_t steps, int lower, int64_t there)
+{
+    if (products_in != TILES && there <= 16) in_vectors(add_8_rows_of_half_a_panel, (Along){left, 32, 1024, panel, steps, results, 32}, lower);
+    else multiply(left, 32, 1024, panel, steps, lower);
+}
+
+/* As `multiply` of blocked rows, a step, where of its depth `there` numbers are anything but zeros. */
+WITH_TILES static inline void multiply_step(const half *left, const half *panel, int lower, int64_t there)
+{
+    if (products_in != TILES && there <= 16) in_vectors(add_8_rows_of_half_a_step, (Along){left, 32, 0, panel, 1, results, 32}, lower);
+    else multiply(left, 32, 0, panel, 1, lower);
 }
 
 /* Rows of 32 numbers, some way apart, upper and lower halves of rows some other way: both ways of laying out results are of this kind. */
@@ -169,7 +211,7 @@ WITH_TILES static inline void resume(const float *from, int lower)
     }
 }
 
-/* The results -> 32 rows of 32 numbers, `stride` numbers apart; without `lower` the upper 16 rows. And back, all of them. */
+/* The results -> 32 rows of 32 numbers, `stride` numbers apart; without `lower` the upper 16 rows. */
 WITH_TILES static inline void fetch(float *to, int64_t stride, int lower)
 {
     if (products_in != TILES) {
@@ -185,16 +227,31 @@ WITH_TILES static inline void fetch(float *to, int64_t stride, int lower)
     __asm__ volatile("" : : : "memory"); /* of stores gcc is not told either */
 }
 
-WITH_TILES static inline void resume_rows(const float *from, int64_t stride)
+/* A whole product: 32 rows times a panel -> 32 rows of 32 numbers, `width` numbers apart; without `lower` the upper 16. */
+WITH_TILES static inline void product(const half *left, int64_t stride, int64_t advance, const half *panel, int64_t steps, float *to, int64_t width, int lower)
 {
     if (products_in != TILES) {
-        copy_rows(results, 32, 16, from, stride, 16, 32);
+        in_vectors(make_8_rows, (Along){left, stride, advance, panel, steps, to, width}, lower);
         return;
     }
-    _tile_loadd(0, from, stride * 4);
-    _tile_loadd(1, from + 16, stride * 4);
-    _tile_loadd(2, from + 16 * stride, stride * 4);
-    _tile_loadd(3, from + 16 * stride + 16, stride * 4);
+    clear();
+    multiply(left, stride, advance, panel, steps, lower);
+    fetch(to, width, lower);
+}
+
+/* The same, added to what is there, all 32 rows. */
+WITH_TILES static inline void add_product(const half *left, int64_t stride, int64_t advance, const half *panel, int64_t steps, float *to, int64_t width)
+{
+    if (products_in != TILES) {
+        in_vectors(add_8_rows, (Along){left, stride, advance, panel, steps, to, width}, 1);
+        return;
+    }
+    _tile_loadd(0, to, width * 4);
+    _tile_loadd(1, to + 16, width * 4);
+    _tile_loadd(2, to + 16 * width, width * 4);
+    _tile_loadd(3, to + 16 * width + 16, width * 4);
+    multiply(left, stride, advance, panel, steps, 1);
+    fetch(to, width, 1);
 }
 
 /* 32 numbers, rounded to bfloat16. */

@@ -1,4 +1,4 @@
-/* The loss of an output head and its gradient of what comes in, in one pass over the head's weights, on processors with AMX.
+/* The loss of an output head and its gradient of what comes in, in one pass over the head's weights.
  *
  *     z = X W'        l_i = log sum_v e^z_iv - z_it        dX_i = sum_(v /= t) p_iv W_v - (1 - p_it) W_t        p = softmax(z)
  *
@@ -109,11 +109,7 @@ WITH_TILES static void some_words(const Head *h, const Sums *s, const Own *own, 
         const half *W = h->W + (first + v) * K;
         pack_rows(W, K, own->across);
         for (int64_t k = 0; k < K && h->dX; k += 32) interleave(W + k, K, own->along + (k * words + v * 32), 32);
-        for (int64_t m = 0; m < rows; m += 32) {
-            clear();
-            multiply(own->X + m * K, 32, 1024, own->across, K / 32, left - m > 16);
-            fetch(own->scores + m * own->words + v, own->words, left - m > 16);
-        }
+        for (int64_t m = 0; m < rows; m += 32) product(own->X + m * K, 32, 1024, own->across, K / 32, own->scores + m * own->words + v, own->words, left - m > 16);
     }
     for (int64_t m = 0; m < rows; m += 32) {
         for (int64_t i = m; i < m + 32 && i < left; i++) {
@@ -219,13 +215,13 @@ WITH_TILES static int head_loss_of(const Head *h)
 }
 
 int tiles_usable(void) { return may_multiply(); }
-void tiles_use(int how) { products_in = how; }
+int tiles_use(int how) { return use(how); }
 int64_t head_room(int64_t M, int64_t K) { return PARTS * numbers_of_sums(rows_together(M, K), K); }
 int head_loss(const Head *head) { return head_loss_of(head); }
 
 #else
 int tiles_usable(void) { return 0; }
-void tiles_use(int how) { (void)how; }
+int tiles_use(int how) { return (void)how, 0; }
 long long head_room(long long M, long long K) { return M + K; }
 int head_loss(const void *head) { return head != 0; }
 #endif

@@ -1,4 +1,5 @@
-"""The loss of a frozen output head and its gradient of the rows that come in, in one pass over the head's weights, on processors with AMX.
+"""The loss of a frozen output head and its gradient of the rows that come in, in one pass over the head's weights, on
+processors that multiply bfloat16 in matrix tiles (AMX) or in vectors (AVX-512).
 
 `head.c` has the arithmetic and is built when phinetune is installed where there is a compiler. The reference is what it stands in for: the
 products and softmax one by one, over a chunk of logits (`cross_entropy.py`); here there are no logits, and scores stay in float32.
@@ -30,7 +31,7 @@ _HEAD = struct.Struct("3q6Q")
 
 @functools.cache
 def library() -> Any:
-    """The built functions, loaded once; None where they were not built, or the processor or the system has no tiles for us."""
+    """The built functions, loaded once; None where they were not built, or the processor has nothing that multiplies bfloat16."""
     found = built_for_tiles(Path(__file__).with_name("_head"), "head_loss")
     if found is not None:
         found.head_room.argtypes, found.head_room.restype = (ctypes.c_int64, ctypes.c_int64), ctypes.c_int64
