@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
-INPUTS := pyproject.toml constraints.txt Makefile src/phinetune/model/kernels.c src/phinetune/lora/fold.c src/phinetune/lora/tiles.c \
-	src/phinetune/model/attention.c src/phinetune/model/tiles.h
+INPUTS := pyproject.toml constraints.txt Makefile $(wildcard src/phinetune/*/*.c src/phinetune/*/*.h)
 
 .PHONY: quickstart test test-all check fix bench docs clean
 

@@ -1,4 +1,4 @@
-"""results/train.json as people read it: a table for the terminal, and README's table between its markers."""
+"""results/train.json as people read it: a table for the terminal, and README's tables between their markers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "train.json"
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+OTHERS = {
+    "train-avx512.json": "AMD EPYC, Zen 4: bfloat16 in AVX-512, no AMX",
+    "train-float32.json": "AMD EPYC, Zen 3: no bfloat16, all in float32",
+}
+"""Results of other kinds of processors, and what they are called; README has the medians of the first file's and these."""
 
 
 def read_results(file: Path = RESULTS) -> dict[str, Any]:
@@ -80,6 +85,27 @@ def readme_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def others_table(folder: Path = RESULTS.parent) -> str:
+    """README's table of the other processors, in Markdown, ending in a newline: what phinetune reaches there and beside whom."""
+    lines = [
+        "| 2 cores of | workload | phinetune | against TRL's best | against the fastest PEFT loop | of the GEMM rate |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for file, name in OTHERS.items():
+        for workload in read_results(folder / file)["workloads"].values():
+            ratios = {
+                "PEFT" if key == "PEFT" else "TRL": ratio
+                for key, ratio in workload["ratios"].items()
+                if "defaults" not in key
+            }
+            ours = _cell([s for s in workload["stacks"].values() if s["group"] == "phinetune"])
+            share = f"{workload['arithmetic']['share_counted']:.0%}"
+            cells = name, workload["title"], ours, _ratio(ratios.get("TRL")), _ratio(ratios.get("PEFT")), share
+            lines.append("| " + " | ".join(cells) + " |")
+            name = ""
+    return "\n".join(lines) + "\n"
+
+
 def _cell(stacks: list[dict[str, Any]]) -> str:
     if not stacks:
         return "-"
@@ -105,4 +131,4 @@ def write_readme(results: dict[str, Any], readme: Path = README) -> None:
     if "workloads" not in results:
         raise SystemExit("no results of this benchmark yet: run it first")
     before, _, after = between_markers(readme.read_text(encoding="utf-8"))
-    readme.write_text(before + readme_table(results) + after, encoding="utf-8")
+    readme.write_text(before + readme_table(results) + "\n" + others_table() + after, encoding="utf-8")

@@ -76,7 +76,7 @@ def builder_started(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 _PRODUCTS = [library for module in (tiles, attention_tiles, head_tiles) if (library := module.library()) is not None]
-_IN_TILES = [kernels.TILES] if tiles.packing_pays() else []
+_IN_TILES = [kernels.TILES] if any(library.tiles_use(-1) == kernels.TILES for library in _PRODUCTS) else []
 
 
 @pytest.fixture(scope="module", params=[*_IN_TILES, kernels.VECTORS], ids=lambda way: ("vectors", "tiles")[way - 1])

@@ -1,4 +1,4 @@
-"""Attention in one call each way, in matrix tiles: nearer to the exact one than by operators, for every tree; taken where it serves only."""
+"""Attention in one call each way, in matrix tiles or vectors: nearer to the exact one than by operators, for every tree; taken where it serves only."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def results() -> dict[str, Any]:
 def test_readme_holds_the_table_of_the_results() -> None:
     measured = tables.read_results()
     _, table, _ = tables.between_markers((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert table == tables.readme_table(measured)
+    assert table == tables.readme_table(measured) + "\n" + tables.others_table()
 
 
 def test_the_table_shows_the_fastest_of_each_group_and_ratios_by_round() -> None:
@@ -55,12 +55,25 @@ def test_the_table_shows_the_fastest_of_each_group_and_ratios_by_round() -> None
     assert "against PEFT (PEFT float32, eager): 3.23 x the speed" in tables.terminal_table(results())
 
 
+def test_other_processors_have_a_row_for_each_workload_of_their_file(tmp_path: Path) -> None:
+    found = results()
+    found["workloads"]["short8"]["arithmetic"] = {"share_counted": 0.71}
+    for file in tables.OTHERS:
+        (tmp_path / file).write_text(json.dumps(found), encoding="utf-8")
+    rows = tables.others_table(tmp_path).splitlines()[2:]
+    assert rows == [
+        f"| {name} | short, batch 8 | 1000, 1.2 GB | - | 3.2 x, 0.50 x | 71% |" for name in tables.OTHERS.values()
+    ]
+
+
 def test_the_table_goes_between_the_markers_and_nowhere_else(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n", encoding="utf-8")
     tables.write_readme(results(), page)
     text = page.read_text(encoding="utf-8")
-    assert text == f"above\n{tables.BEGIN}\n{tables.readme_table(results())}{tables.END}\nbelow\n"
+    assert (
+        text == f"above\n{tables.BEGIN}\n{tables.readme_table(results())}\n{tables.others_table()}{tables.END}\nbelow\n"
+    )
     with pytest.raises(ValueError, match="needs the lines"):
         tables.between_markers("no markers")
     with pytest.raises(SystemExit, match="run it first"):

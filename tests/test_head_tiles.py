@@ -1,4 +1,4 @@
-"""The output head's loss without logits, in matrix tiles: as near to the exact one as with them, whatever the scores; taken where it serves only."""
+"""The output head's loss without logits, in matrix tiles or vectors: as near to the exact one as with them, whatever the scores; taken where it serves only."""
 
 from __future__ import annotations
 

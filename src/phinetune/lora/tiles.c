@@ -55,8 +55,8 @@ enum { X_BLOCKED = 1, G_BLOCKED = 2 };
 
 /* ---- results on their way out ---- */
 
-/* Results of 32 rows and one or two panels that wait to be rounded and stored: a row at each step of the next ones. The tiles' own stores take
- * their time to arrive, and whole rows of 128 bytes go to memory faster than two halves at two times. */
+/* Results of 32 rows and one or two panels that wait to be rounded and stored: with tiles a row at each step of the next ones, as their own
+ * stores take their time to arrive; the others all at once (`finish`). Whole rows of 128 bytes go to memory faster than two halves at two times. */
 typedef struct {
     const float *from;
     half *to[2], *inner, *of_up[2]; /* of_up: `to` is where gradients of gate go, blocked; these of up */
@@ -102,7 +102,7 @@ WITH_TILES static void finish(Waiting *w)
     for (; w->next < w->rows; w->next++) store_row(w, w->next);
 }
 
-/* Blocked rows times a panel, as `multiply`, storing what waits on the way. */
+/* Blocked rows times a panel, as `multiply`, with tiles storing what waits on the way: in vectors sums would leave their registers for that. */
 WITH_TILES static __attribute__((noinline)) void along(const half *left, const half *panel, int64_t steps, int lower, Waiting *w)
 {
     const int64_t waits = w->rows - w->next < steps ? w->rows - w->next : steps, spare = products_in == TILES ? waits : 0;

@@ -9,7 +9,7 @@
  * P is kept for the way back but the logarithm of each row's sum (the same, section 3.1); P is formed again, a part of a row at a time, as
  * rowsum(P * dP) = rowsum(O * G) is known beforehand.
  *
- * dK and dV are summed over 128 queries in tiles, over heads and queries in float32, and over entries that have a prefix in common in float32
+ * dK and dV are summed over 128 queries in registers, over heads and queries in float32, and over entries that have a prefix in common in float32
  * as well, one sum for each thread; so the result depends on the number of threads, in float32's last digits, and on nothing else.
  *
  * Plain C over pointers, called by attention_tiles.py, which makes the checks and names the reference. bfloat16; heads of a multiple of 32
@@ -33,7 +33,7 @@ typedef struct {
 } Attention;
 
 enum { WIDEST = 256, QUERIES = 128, BLOCKS = QUERIES / 32, PART = 128 }; /* numbers of a head at most; queries whose dK and dV are
- * summed in tiles; keys whose scores stay in the nearest cache on the way back */
+ * summed in registers; keys whose scores stay in the nearest cache on the way back */
 
 /* ---- rows ---- */
 

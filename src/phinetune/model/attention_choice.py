@@ -68,7 +68,7 @@ def attention_seconds(
     """(in blocks, fused) seconds of attention, forward and backward, on rows of about `length` tokens. Measured once.
 
     heads: of queries; groups: of keys and values; width: numbers in a head; built, tiles: with the compiled functions and
-    those for matrix tiles, where they are.
+    those of `tiles.h`, where they are.
     """
     import torch
 

@@ -46,7 +46,7 @@ class FastPaths:
     grouped: bool = True
     """LoRA layers that share their input in one function (query, key and value; gate and up)."""
     tiles: bool = True
-    """On processors that multiply bfloat16 in tiles (AMX) or vectors (AVX-512): LoRA layers that share their input, factors and frozen weights, in one call; with `kernels`, attention
+    """In bfloat16, on processors that multiply it in tiles (AMX) or vectors (AVX-512): LoRA layers that share their input, factors and frozen weights, in one call; with `kernels`, attention
     between its projections in one call; with `chunked_loss`, a frozen output head and the loss in one call, without logits."""
     layers: bool = True
     """With `kernels`, `grouped` and `tiles`: a decoder layer with LoRA in all its projections in one function."""

@@ -62,6 +62,7 @@ def built_for_tiles(path: Path, *names: str) -> Any:
     try:
         if loaded is None or not loaded.tiles_usable():
             return None
+        loaded.tiles_use.argtypes, loaded.tiles_use.restype = (_I,), _I
         for name in names:
             function = getattr(loaded, name)
             function.argtypes, function.restype = (_P,), _I

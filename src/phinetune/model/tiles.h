@@ -24,23 +24,26 @@ typedef uint16_t half;            /* bfloat16 */
 enum { TILE = 512 };              /* numbers of a tile of 16 rows of 32 (or of 16 pairs of rows of 16) */
 
 enum { NEITHER, VECTORS, TILES };
-static int products_in = NEITHER; /* of these; set by `may_multiply`, once, before anything else is called */
+static int allowed = -1, products_in = NEITHER; /* what this process may multiply with, and does: of these */
 
-/* What this process may multiply with. For tiles the system is asked for leave (arch_prctl, ARCH_REQ_XCOMP_PERM of tile data). */
+/* What this process may multiply with; asked before anything else is called. For tiles the system is asked for leave (arch_prctl,
+ * ARCH_REQ_XCOMP_PERM of tile data). */
 static inline int may_multiply(void)
 {
-    __builtin_cpu_init();
     unsigned a, b, c, d = 0;
+    if (allowed >= 0) return allowed;
+    __builtin_cpu_init();
     __get_cpuid_count(7, 0, &a, &b, &c, &d); /* bits 22 and 24: products of bfloat16 tiles, tiles */
-    if (!__builtin_cpu_supports("avx512bf16")) return products_in = NEITHER;
-    return products_in = d >> 22 & 1 && d >> 24 & 1 && syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? TILES : VECTORS;
+    const int tiles = d >> 22 & 1 && d >> 24 & 1, vectors = __builtin_cpu_supports("avx512bf16");
+    return products_in = allowed = !vectors ? NEITHER : tiles && syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? TILES : VECTORS;
 }
 
-/* What is multiplied with from now on, where the processor has it; less than 0 changes nothing -> what was until now. For tests of both. */
+/* What is multiplied with from now on, for tests of both: VECTORS, or TILES where `may_multiply` found them; anything else changes nothing ->
+ * what was until now. */
 static inline int use(int how)
 {
     const int before = products_in;
-    if (how >= 0) products_in = how;
+    if (how >= VECTORS && how <= allowed) products_in = how;
     return before;
 }
 
@@ -64,7 +67,7 @@ WITH_TILES static void release_tiles(void)
     if (products_in == TILES) _tile_release();
 }
 
-/* The 32 x 32 results of a thread whose processor has no tiles. */
+/* The 32 x 32 results of a thread that multiplies in vectors. */
 static _Thread_local float results[1024] __attribute__((aligned(64)));
 
 /* The cache lines of 32 rows of 32 numbers, into the second cache, for later. */
@@ -103,7 +106,7 @@ WITH_TILES static inline __attribute__((always_inline)) void along_8_rows(const 
 #pragma GCC unroll 4
             for (int p = 0; p < 4; p++) {
                 __m512bh columns[2];
-                for (int j = 0; j <= right; j++) columns[j] = (__m512bh)_mm512_load_si512(panel + TILE * j + 32 * p);
+                for (int j = 0; j <= right; j++) columns[j] = (__m512bh)_mm512_loadu_si512(panel + TILE * j + 32 * p);
 #pragma GCC unroll 8
                 for (int i = 0; i < 8; i++) {
                     int pair;
@@ -159,7 +162,7 @@ WITH_TILES static inline void multiply(const half *left, int64_t stride, int64_t
         }
 }
 
-/* As `multiply` of blocked rows, where of the panel's columns `there` hold anything but zeros. */
+/* As `multiply` of blocked rows, where of the panel's columns `there` hold anything but zeros: the others' results are left as they are, after `clear`. */
 WITH_TILES static inline void multiply_columns(const half *left, const half *panel, int64_t steps, int lower, int64_t there)
 {
     if (products_in != TILES && there <= 16) in_vectors(add_8_rows_of_half_a_panel, (Along){left, 32, 1024, panel, steps, results, 32}, lower);
@@ -203,6 +206,7 @@ WITH_TILES static inline void resume(const float *from, int lower)
         for (int64_t upper_or_lower = 0; upper_or_lower < 1 + (lower != 0); upper_or_lower++) copy_rows(results + 512 * upper_or_lower, 32, 16, from + 512 * upper_or_lower, 16, 256, 16);
         return;
     }
+    __asm__ volatile("" : : : "memory"); /* as in `multiply` */
     _tile_loadd(0, from, 64);
     _tile_loadd(1, from + 256, 64);
     if (lower) {
@@ -246,6 +250,7 @@ WITH_TILES static inline void add_product(const half *left, int64_t stride, int6
         in_vectors(add_8_rows, (Along){left, stride, advance, panel, steps, to, width}, 1);
         return;
     }
+    __asm__ volatile("" : : : "memory"); /* as in `multiply` */
     _tile_loadd(0, to, width * 4);
     _tile_loadd(1, to + 16, width * 4);
     _tile_loadd(2, to + 16 * width, width * 4);
