@@ -126,6 +126,11 @@ def arguments(case: dict[str, Any], work: Path, steps: int) -> dict[str, Any]:
     }
 
 
+def prepare(case: dict[str, Any], work: Path, steps: int) -> dict[str, Any]:
+    """In a process of its own: the random model."""
+    return {"folder": str(middle_model(work / MIDDLE))}
+
+
 def predict(case: dict[str, Any], work: Path, steps: int) -> dict[str, Any]:
     """In a process of its own: the plan."""
     import phinetune
@@ -152,7 +157,7 @@ def measure(case: dict[str, Any], work: Path, steps: int) -> dict[str, Any]:
 
 
 def in_process(what: str, case: dict[str, Any], work: Path, steps: int) -> dict[str, Any]:
-    """`predict` or `measure` in a fresh process."""
+    """`prepare`, `predict` or `measure` in a fresh process."""
     command = [
         sys.executable,
         __file__,
@@ -178,16 +183,18 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="numbers of the cases to run, such as 0,3; all of them by default")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "phinetune-planner-benchmark")
-    parser.add_argument("--child", choices=("predict", "measure"))
+    parser.add_argument("--child", choices=("prepare", "predict", "measure"))
     parser.add_argument("--case", type=json.loads)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.child:
-        print(json.dumps({"predict": predict, "measure": measure}[args.child](args.case, args.work, args.steps)))
+        does = {"prepare": prepare, "predict": predict, "measure": measure}[args.child]
+        print(json.dumps(does(args.case, args.work, args.steps)))
         return
     from phinetune.artifact import versions
 
     chosen = [int(n) for n in args.cases.split(",") if n] or list(range(len(CASES)))
+    in_process("prepare", {"model": MIDDLE}, args.work, 0)  # what makes a model has its memory, and predicts nothing
     results = []
     print(
         f"{'case':>4} {'model':14}{'length':>7}{'batch':>6}  {'':22}{'memory, MB':>16}{'ratio':>7}{'step, s':>16}{'ratio':>7}"

@@ -91,8 +91,12 @@ def others_table(folder: Path = RESULTS.parent) -> str:
         "| 2 cores of | workload | phinetune | against TRL's best | against the fastest PEFT loop | of the GEMM rate |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
+    first_steps = []
     for file, name in OTHERS.items():
-        for workload in read_results(folder / file)["workloads"].values():
+        results = read_results(folder / file)
+        if "first_step" in results:
+            first_steps.append(f"{results['first_step']['median_step']:.1f} s on the {name.partition(':')[0]}")
+        for workload in results["workloads"].values():
             ratios = {
                 "PEFT" if key == "PEFT" else "TRL": ratio
                 for key, ratio in workload["ratios"].items()
@@ -103,6 +107,8 @@ def others_table(folder: Path = RESULTS.parent) -> str:
             cells = name, workload["title"], ours, _ratio(ratios.get("TRL")), _ratio(ratios.get("PEFT")), share
             lines.append("| " + " | ".join(cells) + " |")
             name = ""
+    if first_steps:
+        lines += ["", f"To the end of the first step: {', '.join(first_steps)}."]
     return "\n".join(lines) + "\n"
 
 

@@ -60,7 +60,9 @@ def test_other_processors_have_a_row_for_each_workload_of_their_file(tmp_path: P
     found["workloads"]["short8"]["arithmetic"] = {"share_counted": 0.71}
     for file in tables.OTHERS:
         (tmp_path / file).write_text(json.dumps(found), encoding="utf-8")
-    rows = tables.others_table(tmp_path).splitlines()[2:]
+    *rows, empty, first = tables.others_table(tmp_path).splitlines()[2:]
+    of_each = ", ".join(f"4.3 s on the {name.partition(':')[0]}" for name in tables.OTHERS.values())
+    assert (empty, first) == ("", f"To the end of the first step: {of_each}.")
     assert rows == [
         f"| {name} | short, batch 8 | 1000, 1.2 GB | - | 3.2 x, 0.50 x | 71% |" for name in tables.OTHERS.values()
     ]

@@ -44,8 +44,11 @@ if TYPE_CHECKING:
 
 _SLACK, _SLACK_CHECKPOINTING = 0.25, 1.75
 """What glibc's allocator keeps beyond what is alive, as a share of all that comes and goes in a step: freed pieces between blocks that
-stay are reused badly, most so where layers are recomputed, unless they hand on their memory themselves (`lora/decoder.py`). Measured, on the
-embedded model; with MALLOC_MMAP_THRESHOLD_=131072 in the environment it is nothing, and a step takes longer."""
+stay are reused badly, most so where layers are recomputed. Measured, on the embedded model; with MALLOC_MMAP_THRESHOLD_=131072 in the
+environment it is nothing, and a step takes longer."""
+_SLACK_HANDED_ON = 45 << 20
+"""What it keeps, in bytes, where layers hand on their memory themselves (`lora/decoder.py`), whatever the batch (measured: nothing to 36 MB in
+seven cases, 21 to 150 in five with checkpointing)."""
 _MEASURING = 6.0
 """Seconds that `plan` spends on real steps of three layers, about."""
 _FIRST_USE = 60 << 20
@@ -237,8 +240,8 @@ class TrainingForecast:
         if variant.quantization is not None and not self._gives_back(variant):
             parts["files"] = self._stored_bytes()
         moving = sum(parts.get(k, 0) for k in ("activations", "logits", "temporaries", "gradients"))
-        again = bool(variant.checkpoint_layers) and not step.hands_on
-        return {**parts, "allocator": int((_SLACK_CHECKPOINTING if again else _SLACK) * moving)}
+        share = _SLACK_CHECKPOINTING if variant.checkpoint_layers else _SLACK
+        return {**parts, "allocator": _SLACK_HANDED_ON if step.hands_on else int(share * moving)}
 
     def _least(self, variant: Variant) -> int:
         """Bytes without any batch: no batch size helps where these do not fit."""
