@@ -5,14 +5,13 @@
 Makes a model with Phi-3-mini's shapes (3.8 B parameters, random bfloat16 weights) once, then runs each case in a process of its own:
 `load_model`, `inject` (r=16, all linear layers), and steps of loss, backward and AdamW on one sequence of random tokens, all of which are
 learned. What is reported is the whole process's resident memory, with Python, torch and the pages of mapped weight files: after loading,
-after injecting, and the peak (`ru_maxrss`). Writes benchmarks/results/memory.json. Needs 8 GB of disk.
+after injecting, and the peak (the kernel's high-water mark of this program). Writes benchmarks/results/memory.json. Needs 8 GB of disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -45,7 +44,9 @@ _FIELDS = {"all": "VmRSS", "own": "RssAnon", "mapped": "RssFile"}
 
 def peak() -> int:
     """MB resident at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 // 10**6
+    from phinetune.evaluation.memory import resident_peak
+
+    return (resident_peak() or 0) // 10**6
 
 
 def measure(base: Path, case: dict[str, Any], steps: int, length: int) -> dict[str, Any]:
