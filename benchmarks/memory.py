@@ -46,7 +46,9 @@ def peak() -> int:
     """MB resident at most so far."""
     from phinetune.evaluation.memory import resident_peak
 
-    return (resident_peak() or 0) // 10**6
+    most = resident_peak()
+    assert most is not None  # noqa: S101  where `resident` can be read, this can
+    return most // 10**6
 
 
 def measure(base: Path, case: dict[str, Any], steps: int, length: int) -> dict[str, Any]:

@@ -194,7 +194,10 @@ def main() -> None:
     from phinetune.artifact import versions
 
     chosen = [int(n) for n in args.cases.split(",") if n] or list(range(len(CASES)))
-    in_process("prepare", {"model": MIDDLE}, args.work, 0)  # what makes a model has its memory, and predicts nothing
+    if any(
+        CASES[number]["model"] == MIDDLE for number in chosen
+    ):  # what makes a model keeps memory that no prediction may count
+        in_process("prepare", {"model": MIDDLE}, args.work, 0)
     results = []
     print(
         f"{'case':>4} {'model':14}{'length':>7}{'batch':>6}  {'':22}{'memory, MB':>16}{'ratio':>7}{'step, s':>16}{'ratio':>7}"

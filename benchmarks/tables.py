@@ -97,14 +97,12 @@ def others_table(folder: Path = RESULTS.parent) -> str:
         if "first_step" in results:
             first_steps.append(f"{results['first_step']['median_step']:.1f} s on the {name.partition(':')[0]}")
         for workload in results["workloads"].values():
-            ratios = {
-                "PEFT" if key == "PEFT" else "TRL": ratio
-                for key, ratio in workload["ratios"].items()
-                if "defaults" not in key
-            }
+            ratios = workload["ratios"]
+            of_trl = [ratio for key, ratio in ratios.items() if key.startswith("TRL")]
+            best = min(of_trl, key=lambda ratio: ratio["median"], default=None)
             ours = _cell([s for s in workload["stacks"].values() if s["group"] == "phinetune"])
             share = f"{workload['arithmetic']['share_counted']:.0%}"
-            cells = name, workload["title"], ours, _ratio(ratios.get("TRL")), _ratio(ratios.get("PEFT")), share
+            cells = name, workload["title"], ours, _ratio(best), _ratio(ratios.get("PEFT")), share
             lines.append("| " + " | ".join(cells) + " |")
             name = ""
     if first_steps:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from phinetune.lora.config import LoraConfig
 from phinetune.lora.functional import lora_linear, lora_linear_reference
 from phinetune.lora.group import SharedInputFunction, shared_linears_reference
 from phinetune.lora.injection import inject, lora_layers
+from phinetune.model import kernels
 from phinetune.model.fast import FastPaths, speed_up
 from phinetune.training.estimate_model import without_numbers
 from phinetune.training.estimate_run import trace_step
@@ -337,3 +340,9 @@ def test_the_planner_sees_them_with_all_their_arithmetic() -> None:
         assert any("lora_products_backward" in name for name in names) is paths.tiles
         counted.append(sum(call.flops * n for call, n in trace.calls.items()))
     assert counted[0] == counted[1] > 0
+
+
+def test_a_library_of_an_earlier_build_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier = SimpleNamespace(tiles_usable=lambda: 1, lora_forward=lambda layers: 0)
+    monkeypatch.setattr(kernels, "built", lambda path: earlier)
+    assert kernels.built_for_tiles(Path("_tiles"), "lora_forward") is None

@@ -48,7 +48,7 @@ stay are reused badly, most so where layers are recomputed. Measured, on the emb
 environment it is nothing, and a step takes longer."""
 _SLACK_HANDED_ON = 45 << 20
 """What it keeps, in bytes, where layers hand on their memory themselves (`lora/decoder.py`), whatever the batch (measured: nothing to 36 MB in
-seven cases, 21 to 150 in five with checkpointing)."""
+seven cases, 21 to 150 in four with checkpointing)."""
 _MEASURING = 6.0
 """Seconds that `plan` spends on real steps of three layers, about."""
 _FIRST_USE = 60 << 20
